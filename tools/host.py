@@ -19,10 +19,10 @@ from typing import IO, Any
 
 import aiohttp
 
+from .environment import prepare_base_dir
 from .events import Connection
 from .results import Event, Json, PromptRejected, Result, ServerFailed, collect
 
-PACK_NAME = "ComfyUI-LongCat-Image"
 LOG_TAIL_LINES = 40
 
 
@@ -81,7 +81,9 @@ class ComfyServer:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         with self.log_path.open("wb") as log:
-            self._process = spawn(self._command(port), cwd=self.comfy_dir, env=self._environment(), output=log)
+            self._process = spawn(
+                self._command(port), cwd=self.comfy_dir, env=self._environment(), output=log
+            )
         try:
             self._connection = Connection(self.url)
             self._wait_until_up(timeout)
@@ -202,7 +204,14 @@ class ComfyServer:
 
     def _command(self, port: int) -> list[str]:
         command = [sys.executable, str(self.comfy_dir / "main.py")]
-        command += ["--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"]
+        command += [
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+        ]
         command += ["--base-directory", str(self.base_dir), "--temp-directory", str(self._run_dir)]
         command += ["--database-url", "sqlite:///:memory:"]
         if self.models_dir is not None:
@@ -267,40 +276,6 @@ def free_port() -> int:
         return port
 
 
-def prepare_base_dir(base_dir: Path, pack_dir: Path) -> Path:
-    """Make ComfyUI's base directory with the pack linked under its own name; gives the link's path."""
-    for name in ("custom_nodes", "models", "input", "output", "user"):
-        (base_dir / name).mkdir(parents=True, exist_ok=True)
-    link = base_dir / "custom_nodes" / PACK_NAME
-    if not (link.exists() and link.resolve() == pack_dir):
-        link_directory(pack_dir, link)
-    return link
-
-
-def link_directory(target: Path, link: Path) -> None:
-    """Make `link` lead to the folder `target`: a symbolic link, on Windows a junction, else a copy."""
-    if link.is_symlink():
-        link.unlink()
-    elif link.exists():
-        try:
-            link.rmdir()  # a junction goes like this and leaves what it points to alone
-        except OSError:
-            shutil.rmtree(link)
-    try:
-        link.symlink_to(target, target_is_directory=True)
-    except OSError:
-        if not make_junction(target, link):
-            shutil.copytree(target, link, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
-
-
-def make_junction(target: Path, link: Path) -> bool:
-    """Make a Windows directory junction, which needs no privilege; False on other systems and on failure."""
-    if os.name != "nt":
-        return False
-    command = ["cmd", "/c", "mklink", "/J", str(link), str(target)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
 def write_model_paths(models_dir: Path, folder: Path) -> Path:
     """Write the file for --extra-model-paths-config that offers every subfolder of `models_dir`."""
     kinds = {entry.name: entry.name for entry in sorted(models_dir.iterdir()) if entry.is_dir()}
@@ -310,7 +285,9 @@ def write_model_paths(models_dir: Path, folder: Path) -> Path:
     return path
 
 
-def spawn(command: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes]
+) -> subprocess.Popen[bytes]:
     """Start a process as the head of a group of its own: Ctrl-C reaches us alone, and we end the whole group."""
     windows = os.name == "nt"
     return subprocess.Popen(

@@ -108,7 +108,9 @@ def collect(prompt_id: str, events: Sequence[Event], history: Json) -> Result:
         raise NodeFailed(by_type["execution_error"], events)
     if "execution_interrupted" in by_type:
         raise Interrupted(by_type["execution_interrupted"], events)
-    executed = [str(e.data["node"]) for e in events if e.type == "executing" and e.data.get("node") is not None]
+    executed = [
+        str(e.data["node"]) for e in events if e.type == "executing" and e.data.get("node") is not None
+    ]
     return Result(
         prompt_id=prompt_id,
         status=history["status"]["status_str"],

@@ -1,0 +1,71 @@
+"""What `run.py test` runs: formatter, linter, type checker, then the test tiers. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .environment import Environment, link_directory
+
+ALIAS = "longcat_pack"
+TIERS = ("unit", "parity", "host")
+TYPED = ("longcat_backend", "nodes", "tools")
+
+
+def test_environment(environment: Environment) -> dict[str, str]:
+    """This process's variables, plus those that tell the tests which ComfyUI and which interpreter to use."""
+    return {**os.environ, "COMFYUI_PATH": str(environment.comfy_dir), "PYTHONUTF8": "1"}
+
+
+def run_pytest(environment: Environment, root: Path, arguments: Sequence[str]) -> int:
+    """Run pytest on the arguments, from the repository root, and give its exit code."""
+    return _call([str(environment.python), "-m", "pytest", *arguments], root, test_environment(environment))
+
+
+def run_all(environment: Environment, root: Path, alias_folder: Path) -> int:
+    """Run every check and every tier that this machine can run; the exit code is 0 when all is well."""
+    failed = [
+        name for name, command in _checks(environment, root, alias_folder) if not _passes(name, *command)
+    ]
+    present = [tier for tier in TIERS if any((root / "tests" / tier).rglob("test_*.py"))]
+    for tier in TIERS:
+        if tier not in present:
+            print(f"{tier} tier: not run, there are no tests in tests/{tier}", flush=True)
+    code = run_pytest(environment, root, [f"tests/{tier}" for tier in present])
+    if "host" not in present and os.environ.get("CI", "").lower() == "true":
+        failed.append("the host tier, which must run where CI=true,")
+    if failed:
+        print(f"failed, see above: {', '.join(failed)}", file=sys.stderr, flush=True)
+    return code or int(bool(failed))
+
+
+def _checks(
+    environment: Environment, root: Path, alias_folder: Path
+) -> list[tuple[str, tuple[list[str], Path, Mapping[str, str]]]]:
+    python = str(environment.python)
+    variables = test_environment(environment)
+    # mypy needs the checkout under a name that can be imported, whatever its folder is called.
+    alias_folder.mkdir(parents=True, exist_ok=True)
+    alias = alias_folder / ALIAS
+    if not (alias.exists() and alias.resolve() == root.resolve()):
+        link_directory(root, alias)
+    packages = [option for name in TYPED for option in ("-p", f"{ALIAS}.{name}")]
+    mypy = [python, "-m", "mypy", "--config-file", str(root / "pyproject.toml")]
+    mypy += ["--cache-dir", str(alias_folder / "mypy"), *packages]
+    return [
+        ("ruff format", ([python, "-m", "ruff", "format", "--check", "."], root, variables)),
+        ("ruff check", ([python, "-m", "ruff", "check", "."], root, variables)),
+        ("mypy", (mypy, alias_folder, variables)),
+    ]
+
+
+def _passes(name: str, command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> bool:
+    print(f"{name} ...", flush=True)
+    return _call(command, folder, variables) == 0
+
+
+def _call(command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> int:
+    return subprocess.run(list(command), cwd=folder, env=dict(variables), check=False).returncode

@@ -1,0 +1,101 @@
+"""The text encoder as a ComfyUI CLIP."""
+
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.supported_models_base
+import torch
+from torch import nn
+
+from .. import prompts
+from ..checkpoints import Checkpoint
+from ..errors import LongCatError
+from ..text_encoder import TextEncoder, load_text_encoder, load_tokenizer
+
+# The key under which ComfyUI's own LongCat encoder hands over its tokens.
+_KEY = "qwen25_7b"
+
+
+class Tokenizer:
+    """Prompts to tokens for :class:`comfy.sd.CLIP`; prompt weights such as (word:1.2) are no part of LongCat."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def inspect(self, text: str) -> prompts.PromptTokens:
+        """Tokens of a prompt with what happened on the way."""
+        return prompts.tokenize(self.tokenizer, text)
+
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, **kwargs: Any
+    ) -> dict[str, list[list[tuple[int, float]]]]:
+        """Tokens of a prompt in ComfyUI's shape: every weight is 1."""
+        return {_KEY: [[(token, 1.0) for token in self.inspect(text).ids]]}
+
+    def decode(self, ids: Any, **kwargs: Any) -> str:
+        """Text of token ids."""
+        text: str = self.tokenizer.decode(ids, **kwargs)
+        return text
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Nothing: the tokenizer is no part of saved weights."""
+        return {}
+
+
+class EncoderModel(nn.Module):
+    """What :class:`comfy.sd.CLIP` asks of its model."""
+
+    disable_offload = True  # the plain patcher: the layers are transformers', not ComfyUI's
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dtypes = {encoder.dtype}
+        self.device: torch.device | None = None
+
+    def reset_clip_options(self) -> None:
+        """Forget the device of the last run."""
+        self.device = None
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        """Take the device to run on; LongCat always uses the last layer."""
+        self.device = options.get("execution_device", self.device)
+
+    def encode_token_weights(self, tokens: dict[str, list[list[tuple[int, float]]]]) -> tuple[torch.Tensor, None]:
+        """Embeddings (prompts, 512, hidden size) and no pooled output."""
+        prompts_ids = [[token for token, _ in pairs] for pairs in tokens[_KEY]]
+        embeddings = torch.cat([self.encoder.encode(ids, self.device) for ids in prompts_ids])
+        return embeddings.float().to(comfy.model_management.intermediate_device()), None
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.sd.CLIP:
+    """The checkpoint's text encoder and tokenizer as a CLIP.
+
+    Raises:
+        LongCatError: see :func:`text_encoder.load_text_encoder`.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    model = EncoderModel(load_text_encoder(checkpoint, tokenizer, dtype))
+    target = comfy.supported_models_base.ClipTarget(
+        tokenizer=lambda **_: Tokenizer(tokenizer), clip=lambda **_: model
+    )
+    return comfy.sd.CLIP(target, model_options={"dtype": dtype})
+
+
+def encode(clip: comfy.sd.CLIP, prompt: str) -> tuple[list[Any], str]:
+    """CONDITIONING of a prompt and the report of what was encoded.
+
+    Raises:
+        LongCatError: the CLIP is not LongCatLoader's, so neither its positions nor its tokens are LongCat's.
+    """
+    if not isinstance(clip.tokenizer, Tokenizer):
+        found = type(clip.tokenizer).__name__
+        raise LongCatError(
+            f"LongCatTextEncode needs the CLIP of LongCatLoader, but got one with {found}. Connect LongCatLoader, or "
+            "use CLIPTextEncode with that CLIP.",
+            f"LongCatTextEncode 需要 LongCatLoader 的 CLIP，但接入的是 {found}。请连接 LongCatLoader，"
+            "或对该 CLIP 使用 CLIPTextEncode。",
+        )
+    conditioning: list[Any] = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    return conditioning, clip.tokenizer.inspect(prompt).report()

@@ -1,0 +1,43 @@
+"""What both engines tell ComfyUI about a checkpoint: latent scaling, default shift, and its own configs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.supported_models_base
+
+from .. import flow
+from ..checkpoints import Checkpoint
+from ..errors import LongCatError
+
+_ATTACHMENT = "longcat_scheduler"
+
+
+def configure(config: comfy.supported_models_base.BASE, checkpoint: Checkpoint) -> None:
+    """Set latent scale and shift from the VAE's config, and the sampler's shift from the scheduler's."""
+    config.latent_format.scale_factor = checkpoint.configs["vae"]["scaling_factor"]
+    config.latent_format.shift_factor = checkpoint.configs["vae"]["shift_factor"]
+    scheduler = {**flow.DEFAULT_SCHEDULER, **checkpoint.configs["scheduler"]}
+    config.sampling_settings["shift"] = scheduler["max_shift"]
+
+
+def attach(patcher: comfy.model_patcher.ModelPatcher, checkpoint: Checkpoint) -> None:
+    """Let the scheduler config travel with the MODEL, through clones too."""
+    patcher.set_attachments(_ATTACHMENT, dict(checkpoint.configs["scheduler"]))
+
+
+def scheduler_config(patcher: comfy.model_patcher.ModelPatcher) -> Mapping[str, Any]:
+    """The scheduler config of a MODEL; the official one for a LongCat that core's own loader brought.
+
+    Raises:
+        LongCatError: the MODEL is no LongCat-Image.
+    """
+    if not isinstance(patcher.model, comfy.model_base.LongCatImage):
+        found = type(patcher.model).__name__
+        raise LongCatError(
+            f"This node needs a LongCat-Image model, but the MODEL is {found}. Connect the MODEL of LongCatLoader.",
+            f"该节点需要 LongCat-Image 模型，但接入的 MODEL 是 {found}。请连接 LongCatLoader 的 MODEL。",
+        )
+    config: Mapping[str, Any] | None = patcher.get_attachment(_ATTACHMENT)
+    return flow.DEFAULT_SCHEDULER if config is None else config

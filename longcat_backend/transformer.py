@@ -1,0 +1,96 @@
+"""The diffusers engine: ``LongCatImageTransformer2DModel`` behind latents in and velocity out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import LongCatImageTransformer2DModel
+from torch import nn
+from torch.nn import functional
+
+from . import flow, latents
+from .checkpoints import Checkpoint, audit
+
+
+class VelocityModel(nn.Module):
+    """Latents, noise level and text to velocity; packing, positions and reference images are done here."""
+
+    def __init__(self, transformer: LongCatImageTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        dtype: torch.dtype = self.transformer.dtype
+        return dtype
+
+    def forward(
+        self,
+        samples: torch.Tensor,
+        sigma: torch.Tensor,
+        text: torch.Tensor,
+        references: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """Velocity (noise minus image) of scaled latents.
+
+        Args:
+            samples: (batch, 16, h, w), scaled; odd sides are padded to a whole patch and cut again.
+            sigma: (batch,) in 0..1.
+            text: (batch, length, hidden size).
+            references: scaled latents of reference images; they get the modalities 2, 3, …
+
+        Returns:
+            (batch, 16, h, w).
+        """
+        height, width = samples.shape[-2:]
+        images = [_whole_patches(image) for image in (samples, *references)]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        text_ids, image_ids = latents.position_ids(text.shape[1], sizes, samples.device)
+        tokens = torch.cat([latents.pack(image) for image in images], dim=1)
+        velocity = self.transformer(
+            hidden_states=tokens,
+            timestep=flow.model_timestep(sigma, tokens.dtype),
+            encoder_hidden_states=text,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        drawn = latents.token_count(samples)
+        return latents.unpack(velocity[:, :drawn], *sizes[0])[..., :height, :width]
+
+
+def empty_transformer(config: Mapping[str, Any]) -> LongCatImageTransformer2DModel:
+    """A transformer without storage, from the checkpoint's own config (the class defaults are Flux's)."""
+    with torch.device("meta"):
+        return LongCatImageTransformer2DModel.from_config(dict(config))
+
+
+def audited_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The transformer's tensors under their official names, checked against the config.
+
+    Raises:
+        LongCatError: see :func:`checkpoints.read_weights` and :func:`checkpoints.audit`.
+    """
+    weights = checkpoint.weights("transformer")
+    expected = empty_transformer(checkpoint.configs["transformer"]).state_dict()
+    audit("transformer", {key: value.shape for key, value in expected.items()}, weights)
+    return weights
+
+
+def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> VelocityModel:
+    """The diffusers transformer with the checkpoint's weights in ``dtype``, on the CPU.
+
+    Raises:
+        LongCatError: see :func:`audited_weights`.
+    """
+    transformer = empty_transformer(checkpoint.configs["transformer"])
+    weights = audited_weights(checkpoint)
+    transformer.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
+    return VelocityModel(transformer.eval().requires_grad_(False))
+
+
+def _whole_patches(samples: torch.Tensor) -> torch.Tensor:
+    """Wrap odd sides around to the next even size, as ComfyUI does, so that both engines draw the same."""
+    height, width = samples.shape[-2:]
+    return functional.pad(samples, (0, width % latents.PATCH, 0, height % latents.PATCH), mode="circular")

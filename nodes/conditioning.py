@@ -1,0 +1,48 @@
+"""LongCatTextEncode."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..longcat_backend.comfy_bridge import clip as clip_bridge
+from .loading import CATEGORY
+
+
+class LongCatTextEncode(io.ComfyNode):
+    """Prompt to CONDITIONING, and a report of what was encoded."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="LongCatTextEncode",
+            display_name="LongCat Text Encode",
+            category=CATEGORY,
+            description="Encodes a Chinese or English prompt as LongCat-Image was trained. Put text that is to be "
+            "drawn in quotes.",
+            search_aliases=["longcat prompt", "提示词"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of LongCatLoader."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What to draw, in Chinese or English, up to 512 tokens. Text in '…', \"…\", ‘…’ or “…” is "
+                    "encoded character by character so that the model can draw it. Empty is allowed.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Token count, quoted text and what was cut off."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, prompt: str) -> io.NodeOutput:
+        """Encode and report."""
+        return io.NodeOutput(*clip_bridge.encode(clip, prompt))
+
+
+NODES = [LongCatTextEncode]

@@ -6,7 +6,8 @@
     python run.py bench    run one of the programs in benchmarks/
 
 Everything that is made on the way lies in one folder that may be deleted at any time: LONGCAT_CACHE, or the
-user's cache folder. COMFYUI_PATH makes it use a ComfyUI checkout of yours (which is not written to).
+user's cache folder. COMFYUI_PATH makes it use a ComfyUI checkout of yours (which is not written to), and
+LONGCAT_PYTHON, with it, an interpreter of yours in place of an environment of its own.
 Python 3.10 to 3.13; standard library only.
 """
 
@@ -68,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Run a workflow in a real ComfyUI; mistakes in the arguments show before anything is set up or started."""
+    """Run a workflow in a real ComfyUI; wrong arguments show before anything is set up or started."""
     workflow = edited(
         load_workflow(options.workflow), prompt=options.prompt, seed=options.seed, assignments=options.set
     )
@@ -114,7 +115,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def become(command: Sequence[str], variables: dict[str, str]) -> int:
-    """Go on as another program, so that signals reach it and nobody else; gives its exit code where there's no exec."""
+    """Go on as another program, so that signals reach it alone; without exec, give its exit code."""
     sys.stdout.flush()
     if os.name != "nt":
         os.execve(command[0], list(command), variables)
@@ -128,11 +129,10 @@ def become(command: Sequence[str], variables: dict[str, str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run the command. Gives the exit code."""
-    if not environment.OLDEST_PYTHON <= sys.version_info[:2] <= environment.NEWEST_PYTHON:
-        oldest, newest = (
-            ".".join(map(str, v)) for v in (environment.OLDEST_PYTHON, environment.NEWEST_PYTHON)
-        )
-        say(f"this is Python {sys.version.split()[0]}; run.py needs Python {oldest} to {newest}")
+    oldest, newest = environment.OLDEST_PYTHON, environment.NEWEST_PYTHON
+    if not oldest <= sys.version_info[:2] <= newest:
+        versions = (*sys.version_info[:2], *oldest, *newest)
+        say("this is Python {}.{}; run.py needs Python {}.{} to {}.{}".format(*versions))
         return 2
     given = list(sys.argv[1:] if arguments is None else arguments)
     # What belongs to pytest or to a benchmark is not ours to parse.

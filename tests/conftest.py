@@ -1,4 +1,4 @@
-"""Loads the pack the way ComfyUI does, and makes ComfyUI itself importable, on the CPU, for tests that need it.
+"""Loads the pack the way ComfyUI does, and makes ComfyUI itself importable, on the CPU, for the tests.
 
 Run through `python run.py test`, or with the `pytest` of an environment that has the requirements and
 COMFYUI_PATH set to a ComfyUI checkout.

@@ -17,7 +17,8 @@ TYPED = ("longcat_backend", "nodes", "tools")
 
 def test_environment(environment: Environment) -> dict[str, str]:
     """This process's variables, plus those that tell the tests which ComfyUI and which interpreter to use."""
-    return {**os.environ, "COMFYUI_PATH": str(environment.comfy_dir), "PYTHONUTF8": "1"}
+    settings = {"COMFYUI_PATH": str(environment.comfy_dir), "LONGCAT_PYTHON": str(environment.python)}
+    return {**os.environ, **settings, "PYTHONUTF8": "1"}
 
 
 def run_pytest(environment: Environment, root: Path, arguments: Sequence[str]) -> int:

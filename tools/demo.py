@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .host import ComfyServer, device_arguments
-from .results import Event, Interrupted, NodeFailed, PromptRejected, Result, ServerFailed
+from .results import Event, NodeFailed, PromptRejected, Result, RunFailed, ServerFailed
 from .workflow import Workflow, title
 
 INTERRUPTED = 130
@@ -71,7 +71,7 @@ def free_name(path: Path) -> Path:
 
 
 def save_images(result: Result, view: Callable[[dict[str, Any]], bytes], first: Path) -> list[Path]:
-    """Save a run's pictures byte for byte, so with the metadata that ComfyUI put in; the first one as `first`.
+    """Save a run's pictures byte for byte, so with the metadata ComfyUI put in; the first one as `first`.
 
     Raises ValueError when the workflow made none.
     """
@@ -131,15 +131,7 @@ def main(job_file: Path) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
         saved = run_job(job)
-    except (
-        NodeFailed,
-        PromptRejected,
-        ServerFailed,
-        Interrupted,
-        TimeoutError,
-        ValueError,
-        OSError,
-    ) as error:
+    except (RunFailed, PromptRejected, ServerFailed, TimeoutError, ValueError, OSError) as error:
         sys.stderr.write(f"error: {explain(error, job['workflow'])}\n")
         return 1
     except KeyboardInterrupt:

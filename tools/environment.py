@@ -35,12 +35,12 @@ Say = Callable[[str], None]
 
 
 class SetupFailed(RuntimeError):
-    """The environment or the host could not be made; the message says which command failed and where its log is."""
+    """The environment or the host could not be made; the message holds the end of the log, and its place."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What a command needs to run: the environment's interpreter, ComfyUI's folder, and whose folder that is."""
+    """What a command needs to run: the environment's interpreter, ComfyUI's folder, and whose that is."""
 
     python: Path
     comfy_dir: Path
@@ -48,7 +48,7 @@ class Environment:
 
 
 def cache_dir() -> Path:
-    """The one folder for everything that is cached: LONGCAT_CACHE, else a folder in the platform's user cache."""
+    """The one folder for all that is cached: LONGCAT_CACHE, else a folder in the platform's user cache."""
     given = os.environ.get("LONGCAT_CACHE")
     if given:
         return Path(given).expanduser().resolve()
@@ -72,7 +72,7 @@ def base_dir(cache: Path, root: Path) -> Path:
 
 
 def users_comfy() -> Path | None:
-    """The checkout that COMFYUI_PATH names, None when it is not set. Raises SetupFailed when it is no checkout."""
+    """The checkout that COMFYUI_PATH names, None when it is not set. Raises SetupFailed if it is none."""
     given = os.environ.get("COMFYUI_PATH")
     if not given:
         return None
@@ -85,12 +85,27 @@ def users_comfy() -> Path | None:
     return folder
 
 
+def users_python() -> Path | None:
+    """The interpreter that LONGCAT_PYTHON names, to be used as it is; None when it is not set."""
+    given = os.environ.get("LONGCAT_PYTHON")
+    if not given:
+        return None
+    if not os.access(given, os.X_OK):
+        raise SetupFailed(f"LONGCAT_PYTHON is {given}, which cannot be run; name an interpreter, or unset it")
+    if users_comfy() is None:
+        raise SetupFailed("LONGCAT_PYTHON works only together with COMFYUI_PATH, whose requirements it has")
+    return Path(given)
+
+
 def ensure(cache: Path, root: Path, say: Say) -> Environment:
     """Give the environment and the host, making first what is missing; `root` holds the requirement files.
 
     Nothing is done, and no lock taken, when all is there. Raises SetupFailed.
     """
     users = users_comfy()
+    python = users_python()
+    if users and python:
+        return Environment(python, users, True)
     comfy = users or cached_host(cache)
     pins = [root / "requirements.txt", root / "requirements-test.txt"]
     host_text = (users / "requirements.txt").read_text(encoding="utf-8") if users else HOST_SHA256
@@ -102,12 +117,12 @@ def ensure(cache: Path, root: Path, say: Say) -> Environment:
     log = cache / "setup.log"
 
     def build(target: Path) -> None:
-        python = make_venv(target, log)
+        made = make_venv(target, log)
         if users is None:
-            ensure_host(cache, python, log, say)
+            ensure_host(cache, made, log, say)
         files = [comfy / "requirements.txt", *pins]
         install = [option for file in files for option in ("-r", str(file))]
-        run_logged([str(python), "-m", "pip", "install", "--no-input", "--prefer-binary", *install], log)
+        run_logged([str(made), "-m", "pip", "install", "--no-input", "--prefer-binary", *install], log)
 
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / "setup.lock", say):
@@ -120,9 +135,10 @@ def ensure(cache: Path, root: Path, say: Say) -> Environment:
 
 
 def environment_key(texts: Sequence[str]) -> str:
-    """A digest of requirement texts and of the Python that would be used; another key is another environment."""
-    python = f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{sys.platform}-{sys.base_prefix}"
-    return hashlib.sha256("\0".join([python, *texts]).encode()).hexdigest()
+    """A digest of requirement texts and of the Python to be used; another key is another environment."""
+    version = ".".join(map(str, sys.version_info[:2]))
+    python = [sys.implementation.name, version, sys.platform, sys.base_prefix]
+    return hashlib.sha256("\0".join([*python, *texts]).encode()).hexdigest()
 
 
 def is_complete(folder: Path, key: str) -> bool:
@@ -132,7 +148,7 @@ def is_complete(folder: Path, key: str) -> bool:
 
 
 def make_once(folder: Path, key: str, build: Callable[[Path], None]) -> None:
-    """Let `build` fill `folder` unless that is done for `key`; what an interrupted build left is removed first."""
+    """Let `build` fill `folder`, unless that is done; what an interrupted build left is removed first."""
     if is_complete(folder, key):
         return
     if folder.exists():

@@ -11,13 +11,14 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import aiohttp
 
 from .results import Event, Json, ServerFailed
 
 T = TypeVar("T")
+_Socket: TypeAlias = "aiohttp.ClientWebSocketResponse[Any]"
 
 # ComfyUI's protocol.py, BinaryEventTypes
 PREVIEW_IMAGE = 1
@@ -102,7 +103,7 @@ class Connection:
         async with self._session.request(method, self.url + path, timeout=timeout, **options) as response:
             return response.status, await response.read()
 
-    async def _open_socket(self) -> aiohttp.ClientWebSocketResponse:
+    async def _open_socket(self) -> _Socket:
         socket = await self._session.ws_connect(
             f"{self.url}/ws?clientId={self.client_id}", max_msg_size=MAX_MESSAGE_BYTES
         )
@@ -110,10 +111,10 @@ class Connection:
         await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
         return socket
 
-    async def _start_listener(self, socket: aiohttp.ClientWebSocketResponse) -> asyncio.Task[None]:
+    async def _start_listener(self, socket: _Socket) -> asyncio.Task[None]:
         return asyncio.create_task(self._listen(socket))
 
-    async def _listen(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _listen(self, socket: _Socket) -> None:
         reason = "the server closed it"
         try:
             async for message in socket:

@@ -29,9 +29,10 @@ LOG_TAIL_LINES = 40
 class ComfyServer:
     """One ComfyUI process with this pack as its only custom node.
 
-    comfy_dir: a ComfyUI checkout, never written to. base_dir: ComfyUI's `--base-directory`; it gets `custom_nodes`
-    with a link to pack_dir, and `models`, `input`, `output`, `user`. args: further flags of main.py (`--cpu` ...).
-    env: variables on top of this process's own. models_dir: a further models folder whose files are offered too.
+    comfy_dir: a ComfyUI checkout, never written to. base_dir: ComfyUI's `--base-directory`; it gets
+    `custom_nodes` with a link to pack_dir, and `models`, `input`, `output`, `user`. args: further flags of
+    main.py (`--cpu` ...). env: variables on top of this process's own. models_dir: a further models folder
+    whose files are offered too.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class ComfyServer:
         return self._process.pid if self._process else None
 
     def start(self, timeout: float = 180) -> None:
-        """Start the server and wait until it answers. Raises ServerFailed with the log's tail if it does not."""
+        """Start the server and wait for its answer. Raises ServerFailed, with the log's end, without one."""
         if self._process is not None:
             raise RuntimeError("this server is already running; call stop() first")
         prepare_base_dir(self.base_dir, self.pack_dir)
@@ -81,9 +82,7 @@ class ComfyServer:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         with self.log_path.open("wb") as log:
-            self._process = spawn(
-                self._command(port), cwd=self.comfy_dir, env=self._environment(), output=log
-            )
+            self._process = spawn(self._command(port), self.comfy_dir, self._environment(), log)
         try:
             self._connection = Connection(self.url)
             self._wait_until_up(timeout)
@@ -177,7 +176,7 @@ class ComfyServer:
         self._json("POST", "/free", json={"unload_models": unload_models, "free_memory": free_memory})
 
     def history(self, prompt_id: str) -> Json:
-        """The history entry of a finished prompt (`prompt`, `outputs`, `status`). Raises KeyError if there is none."""
+        """A finished prompt's history entry (`prompt`, `outputs`, `status`). Raises KeyError without one."""
         entry: Json = self._json("GET", f"/history/{prompt_id}")[prompt_id]
         return entry
 
@@ -286,14 +285,14 @@ def write_model_paths(models_dir: Path, folder: Path) -> Path:
 
 
 def spawn(
-    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes]
+    command: Sequence[str], folder: Path, variables: Mapping[str, str], output: IO[bytes]
 ) -> subprocess.Popen[bytes]:
-    """Start a process as the head of a group of its own: Ctrl-C reaches us alone, and we end the whole group."""
+    """Start a process as the head of a group of its own: Ctrl-C reaches us alone, and we end the group."""
     windows = os.name == "nt"
     return subprocess.Popen(
         list(command),
-        cwd=cwd,
-        env=dict(env),
+        cwd=folder,
+        env=dict(variables),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

@@ -12,9 +12,9 @@ Json = dict[str, Any]
 class Event(NamedTuple):
     """One websocket message about a prompt.
 
-    `type` is ComfyUI's own name (`execution_start`, `executing`, `progress`, `progress_state`, `executed`, ...),
-    or `preview` (data: `node`, `mime`, `image` as bytes) or `progress_text` (data: `node`, `text`) for its
-    binary messages.
+    `type` is ComfyUI's own name (`execution_start`, `executing`, `progress`, `progress_state`, `executed`,
+    ...), or for its binary messages `preview` (data: `node`, `mime`, `image` as bytes) or `progress_text`
+    (data: `node`, `text`).
     """
 
     type: str
@@ -91,11 +91,9 @@ class NodeFailed(RunFailed):
         self.exception_type = str(data.get("exception_type"))
         self.exception_message = str(data.get("exception_message")).strip()
         self.traceback = "".join(data.get("traceback") or [])
-        super().__init__(
-            f"node {self.node_id} ({self.node_type}) failed with {self.exception_type}: {self.exception_message}",
-            data["prompt_id"],
-            events,
-        )
+        node = f"node {self.node_id} ({self.node_type})"
+        message = f"{node} failed with {self.exception_type}: {self.exception_message}"
+        super().__init__(message, data["prompt_id"], events)
 
 
 def collect(prompt_id: str, events: Sequence[Event], history: Json) -> Result:
@@ -108,9 +106,7 @@ def collect(prompt_id: str, events: Sequence[Event], history: Json) -> Result:
         raise NodeFailed(by_type["execution_error"], events)
     if "execution_interrupted" in by_type:
         raise Interrupted(by_type["execution_interrupted"], events)
-    executed = [
-        str(e.data["node"]) for e in events if e.type == "executing" and e.data.get("node") is not None
-    ]
+    executing = [event.data.get("node") for event in events if event.type == "executing"]
     return Result(
         prompt_id=prompt_id,
         status=history["status"]["status_str"],
@@ -118,7 +114,7 @@ def collect(prompt_id: str, events: Sequence[Event], history: Json) -> Result:
         events=[event for event in events if event.type != "preview"],
         previews=[_preview(event.data) for event in events if event.type == "preview"],
         cached_nodes=[str(node) for node in by_type.get("execution_cached", {}).get("nodes", [])],
-        executed_nodes=list(dict.fromkeys(executed)),
+        executed_nodes=list(dict.fromkeys(str(node) for node in executing if node is not None)),
     )
 
 

@@ -56,7 +56,7 @@ def set_prompt(workflow: Workflow, prompt: str) -> None:
     places = [(node, name) for node in nodes for name in PROMPT_INPUTS if name in node["inputs"]]
     if not places:
         raise WorkflowError(
-            f'--prompt needs a node titled "{PROMPT_TITLE}" with an input named {" or ".join(PROMPT_INPUTS)}; '
+            f"--prompt needs a node titled {PROMPT_TITLE} with an input named {' or '.join(PROMPT_INPUTS)}; "
             f"use --set instead. The nodes are: {_nodes(workflow)}"
         )
     for node, name in places:
@@ -75,7 +75,7 @@ def set_seed(workflow: Workflow, seed: int) -> None:
 def set_input(workflow: Workflow, assignment: str) -> None:
     """Apply NODE.INPUT=VALUE: NODE is an id or a title, VALUE is read as JSON and otherwise taken as text.
 
-    Raises WorkflowError, with the choices, for an unknown node or input and for a title that several nodes have.
+    Raises WorkflowError, with the choices, for an unknown node or input and for a title that is not unique.
     """
     place, equals, text = assignment.partition("=")
     node_name, dot, input_name = place.partition(".")

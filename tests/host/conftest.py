@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from longcat_pack.tools.host import ComfyServer
 
 API = Path(__file__).resolve().parent.parent / "api"
@@ -20,7 +21,7 @@ MakeServer = Callable[..., ComfyServer]
 def make_server(
     comfy_dir: Path, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MakeServer]:
-    """Start a private server: `make_server(args=[...], env={...}, base_dir=...)`; stopped when the session ends."""
+    """Start private servers, `make_server(args=[...], env={...}, base_dir=...)`, stopped with the session."""
     started: list[ComfyServer] = []
 
     def make(

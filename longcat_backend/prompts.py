@@ -49,9 +49,12 @@ def split_quoted(prompt: str) -> list[tuple[str, bool]]:
 
     The apostrophe of a contraction ("don't") opens no quotation. Upstream hides contractions behind
     substitutes that contain each other, so a prompt with two different ones comes back corrupted, in an
-    order that depends on the process's hash seed; here only the apostrophe is hidden, in place.
+    order that depends on the process's hash seed. Here they are hidden in order of appearance, without
+    moving a character, and the parts are cut from the prompt itself.
     """
-    hidden = _CONTRACTION.sub(lambda match: match.group().replace("'", "\0"), prompt)
+    hidden = prompt
+    for word in dict.fromkeys(_CONTRACTION.findall(prompt)):
+        hidden = hidden.replace(word, "\0" * len(word))
     ends = [0]
     for match in _QUOTED.finditer(hidden):
         ends += match.span()

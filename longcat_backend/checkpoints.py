@@ -5,10 +5,10 @@ diffusers both only log a missing key and go on with random weights (DESIGN.md t
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,12 @@ from .errors import LongCatError
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "scheduler")
 SEARCH_DEPTH = 3
+# One of these sets makes a tokenizer.
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+LARGEST_CONFIG = 16 * 2**20
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -32,39 +38,46 @@ class Checkpoint:
         """All tensors of a component, by their name in the file, on the CPU."""
         return read_weights(self.folder / component)
 
+    def shapes(self, component: str) -> dict[str, torch.Size]:
+        """The shape of every tensor of a component, from the headers of its files alone."""
+        return read_shapes(self.folder / component)
+
 
 def list_checkpoints(roots: Iterable[Path]) -> dict[str, Path]:
     """LongCat-Image folders up to three levels below the roots, by their path relative to the root.
 
-    The first root wins where two hold the same relative path.
+    The first root wins where two hold the same relative path. Hidden folders are left out.
     """
     found: dict[str, Path] = {}
     for root in roots:
         for depth in range(1, SEARCH_DEPTH + 1):
             for index in sorted(root.glob("/".join(["*"] * depth + ["model_index.json"]))):
-                if _pipeline_class(index.parent) in (flavours.TEXT_TO_IMAGE, flavours.EDIT):
-                    found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
+                name = index.parent.relative_to(root)
+                if not any(part.startswith(".") for part in name.parts) and _is_longcat(index.parent):
+                    found.setdefault(name.as_posix(), index.parent)
     return found
 
 
 def resolve_checkpoint(name: str, roots: Sequence[Path]) -> Path:
     """The folder that a checkpoint name from a graph stands for.
 
-    Graphs come from anywhere, so a name may only point below the model folders.
+    Graphs come from anywhere, so a name may only point below the model folders. Where several roots hold the
+    name, a LongCat-Image folder goes before any other, as in the list.
 
     Raises:
         LongCatError: the name leaves the model folders, or no folder of that name holds a LongCat-Image checkpoint.
     """
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in PureWindowsPath(name).parts:
+    path = PureWindowsPath(str(name))  # knows both separators, drives and network shares
+    if path.anchor or ".." in path.parts:
         raise LongCatError(
             f"The checkpoint name '{name}' points outside the model folders. Choose a name from the list of "
             "LongCatLoader; to use another place, add it to ComfyUI's extra_model_paths.yaml.",
             f"检查点名称“{name}”指向模型文件夹之外。请从 LongCatLoader 的列表中选择；"
             "若要使用其他位置，请把它加入 ComfyUI 的 extra_model_paths.yaml。",
         )
-    for root in roots:
-        if name and (root / name).is_dir():
-            return root / name
+    folders = [root / str(name) for root in roots if path.parts and _is_folder(root / str(name))]
+    if folders:
+        return next(filter(_is_longcat, folders), folders[0])
     listed = ", ".join(sorted(list_checkpoints(roots))) or "none"
     places = ", ".join(str(root) for root in roots)
     raise LongCatError(
@@ -78,9 +91,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read and identify an official folder.
 
     Raises:
-        LongCatError: the folder is no LongCat-Image pipeline, or a config is missing or unreadable.
+        LongCatError: the folder is no LongCat-Image pipeline, or a config or the tokenizer is missing or unreadable.
     """
-    pipeline = _pipeline_class(folder)
+    pipeline = _read_json(folder / "model_index.json").get("_class_name")
     if pipeline not in (flavours.TEXT_TO_IMAGE, flavours.EDIT):
         raise LongCatError(
             f"'{folder.name}' is not a LongCat-Image checkpoint: its model_index.json says {pipeline or 'nothing'}, "
@@ -90,14 +103,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     names = {"scheduler": "scheduler_config.json"}
     configs = {part: _read_json(folder / part / names.get(part, "config.json")) for part in COMPONENTS}
+    _require_tokenizer(folder / "tokenizer")
     flavour = flavours.identify(pipeline, folder.name, configs["scheduler"])
     return Checkpoint(folder, flavour, configs)
 
 
 def fingerprint(folder: Path) -> str:
     """A text that changes when any file of the checkpoint does (size or time of change)."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
+    parts = [folder, *(folder / part for part in (*COMPONENTS, "tokenizer"))]
+    files = sorted(path for part in parts for path in part.glob("*") if path.is_file())
     return "\n".join(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
+
+
+def build(component: str, factory: Callable[[], _T]) -> _T:
+    """What ``factory`` makes of a component's config.
+
+    Raises:
+        LongCatError: it cannot be made; the cause is named and chained.
+    """
+    try:
+        return factory()
+    except LongCatError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise LongCatError(
+            f"The config of '{component}' does not describe a {component} of LongCat-Image ({cause}). It is from "
+            "another model or was changed; download this part of the checkpoint again.",
+            f"“{component}”的配置不符合 LongCat-Image（{cause}）。它来自其他模型或被改动过，请重新下载这一部分。",
+        ) from error
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -106,26 +140,25 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         LongCatError: no weights, a shard that the index names is absent, or a file is cut short or damaged.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for key in file.keys():  # noqa: SIM118  (a handle, not a dict)
-                    tensors[key] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise LongCatError(
-                f"'{_short(path)}' is damaged or was not downloaded completely ({error}). Download this file again.",
-                f"“{_short(path)}”已损坏或下载不完整（{error}）。请重新下载该文件。",
-            ) from error
-    return tensors
+    return _read_tensors(folder, lambda file, key: file.get_tensor(key))
 
 
-def audit(
-    component: str,
-    expected: Mapping[str, torch.Size],
-    found: Mapping[str, torch.Tensor],
-) -> None:
-    """Compare what a component's config asks for with what its files hold.
+def read_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The shapes of all tensors of one component folder; reads headers only, so it takes milliseconds.
+
+    Raises:
+        LongCatError: as for :func:`read_weights`, or a tensor is not of floating point.
+    """
+    return _read_tensors(folder, _float_shape)
+
+
+def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """The shape of every tensor."""
+    return {key: value.shape for key, value in tensors.items()}
+
+
+def audit(component: str, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+    """Compare the shapes that a component's config asks for with those that its files hold.
 
     Raises:
         LongCatError: a key is missing, unknown or of another shape; names up to three of each kind.
@@ -133,9 +166,9 @@ def audit(
     missing = sorted(expected.keys() - found.keys())
     unknown = sorted(found.keys() - expected.keys())
     misshapen = [
-        f"{key} {tuple(found[key].shape)} ≠ {tuple(expected[key])}"
+        f"{key} {tuple(found[key])} ≠ {tuple(expected[key])}"
         for key in sorted(expected.keys() & found.keys())
-        if found[key].shape != expected[key]
+        if found[key] != expected[key]
     ]
     if not (missing or unknown or misshapen):
         return
@@ -153,19 +186,38 @@ def audit(
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        shards = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-        absent = [path for path in shards if not path.is_file()]
-        if absent:
+def _read_tensors(folder: Path, read: Callable[[Any, str], _T]) -> dict[str, _T]:
+    tensors: dict[str, _T] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for key in file.keys():  # noqa: SIM118  (a handle, not a dict)
+                    tensors[key] = read(file, key)
+        except (SafetensorError, OSError) as error:
             raise LongCatError(
-                f"'{_short(index)}' names {len(shards)} files, but these are missing: "
-                f"{_some([path.name for path in absent])}. Download them into '{folder.name}'.",
-                f"“{_short(index)}”列出了 {len(shards)} 个文件，但缺少：{_some([path.name for path in absent])}。"
-                f"请把它们下载到“{folder.name}”。",
-            )
-        return shards
-    files = sorted(folder.glob("*.safetensors"))
+                f"'{_short(path)}' is damaged or was not downloaded completely ({error}). Download this file again.",
+                f"“{_short(path)}”已损坏或下载不完整（{error}）。请重新下载该文件。",
+            ) from error
+    return tensors
+
+
+def _float_shape(file: Any, key: str) -> torch.Size:
+    part = file.get_slice(key)
+    if part.get_dtype() not in _FLOATS:
+        raise LongCatError(
+            f"The weight '{key}' is stored as {part.get_dtype()}, which is a quantised or foreign format. Expected one "
+            f"of {', '.join(_FLOATS)}: use the official weights and choose the precision in LongCatLoader.",
+            f"权重“{key}”以 {part.get_dtype()} 存储，属于量化或其他格式，应为 {', '.join(_FLOATS)} 之一。"
+            "请使用官方权重，并在 LongCatLoader 中选择精度。",
+        )
+    return torch.Size(part.get_shape())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    indexes = _visible_files(folder, "*.safetensors.index.json")
+    if indexes:
+        return _shards(indexes[0])
+    files = _visible_files(folder, "*.safetensors")
     if len(files) != 1:
         raise LongCatError(
             f"Expected one .safetensors file (or an index with its shards) in '{folder.name}', found {len(files)}: "
@@ -176,18 +228,67 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _pipeline_class(folder: Path) -> str | None:
+def _shards(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    foreign = [
+        repr(name) for name in names if not isinstance(name, str) or PureWindowsPath(name).name != name
+    ]
+    if foreign or not names:
+        raise LongCatError(
+            f"'{_short(index)}' has no weight_map of plain file names in its own folder; found: "
+            f"{_some(sorted(foreign))}. Nothing outside the folder is read. Download this file again.",
+            f"“{_short(index)}”的 weight_map 应只包含同一文件夹内的文件名，实际为：{_some(sorted(foreign))}。"
+            "不会读取文件夹之外的内容。请重新下载该文件。",
+        )
+    shards = [index.parent / name for name in sorted(names)]
+    absent = [path.name for path in shards if not path.is_file()]
+    if absent:
+        raise LongCatError(
+            f"'{_short(index)}' names {len(shards)} files, but these are missing: {_some(absent)}. "
+            f"Download them into '{index.parent.name}'.",
+            f"“{_short(index)}”列出了 {len(shards)} 个文件，但缺少：{_some(absent)}。请把它们下载到“{index.parent.name}”。",
+        )
+    return shards
+
+
+def _visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Files of a pattern; macOS leaves hidden ``._name`` twins on foreign disks."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
+
+
+def _require_tokenizer(folder: Path) -> None:
+    if any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+        return
+    wanted = " / ".join(" + ".join(names) for names in TOKENIZER_FILES)
+    raise LongCatError(
+        f"The folder '{_short(folder)}' is missing or incomplete: expected {wanted}. Download it again.",
+        f"文件夹“{_short(folder)}”缺失或不完整，应包含 {wanted}。请重新下载。",
+    )
+
+
+def _is_folder(path: Path) -> bool:
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return index.get("_class_name") if isinstance(index, dict) else None
+        return path.is_dir()
+    except (OSError, ValueError):  # no name that a file could have: too long, or with a NUL
+        return False
+
+
+def _is_longcat(folder: Path) -> bool:
+    try:
+        pipeline = _read_json(folder / "model_index.json").get("_class_name")
+    except LongCatError:
+        return False
+    return pipeline in (flavours.TEXT_TO_IMAGE, flavours.EDIT)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        # Opening a pipe would wait for ever, and a config is never large.
+        if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_CONFIG):
+            raise ValueError(f"not a file of at most {LARGEST_CONFIG} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LongCatError(
             f"'{_short(path)}' is missing or unreadable ({error}). Download this file of the checkpoint again.",
             f"“{_short(path)}”缺失或无法读取（{error}）。请重新下载检查点中的这个文件。",

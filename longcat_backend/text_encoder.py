@@ -1,8 +1,7 @@
 """Qwen2.5-VL as LongCat-Image's text encoder: the decoder layers only, at the official positions."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,12 +10,15 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from . import prompts
-from .checkpoints import Checkpoint, audit
+from .checkpoints import Checkpoint, audit, build, shapes
+from .errors import LongCatError
 
 # The published file, files saved by transformers 4.52 and later, and files of the bare language model.
 _LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 _OTHER_PARTS = ("visual.", "model.visual.", "lm_head.")
 _PAD_POSITION = 1
+
+_T = TypeVar("_T")
 
 
 class TextEncoder(nn.Module):
@@ -67,10 +69,22 @@ class TextEncoder(nn.Module):
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer of an official checkpoint folder, from its own files only."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        checkpoint.folder / "tokenizer", local_files_only=True
+    """The tokenizer of an official checkpoint folder, from its own files only; no code in it is run.
+
+    Raises:
+        LongCatError: its files are damaged, or it has no padding token.
+    """
+    tokenizer: PreTrainedTokenizerBase = build(
+        "tokenizer",
+        lambda: AutoTokenizer.from_pretrained(
+            checkpoint.folder / "tokenizer", local_files_only=True, trust_remote_code=False
+        ),
     )
+    if tokenizer.pad_token_id is None:
+        raise LongCatError(
+            "The tokenizer has no padding token, so it is not LongCat-Image's. Download 'tokenizer' again.",
+            "该分词器没有填充词元，不是 LongCat-Image 的分词器。请重新下载“tokenizer”。",
+        )
     return tokenizer
 
 
@@ -80,20 +94,52 @@ def load_text_encoder(
     """Build the encoder from its own config and load only the decoder layers.
 
     Raises:
-        LongCatError: see :func:`checkpoints.read_weights` and :func:`checkpoints.audit`.
+        LongCatError: see :func:`audited_shapes`; or the tokenizer has more tokens than the encoder.
     """
-    config = Qwen2_5_VLConfig.from_dict(dict(checkpoint.configs["text_encoder"])).text_config
-    with torch.device("meta"):
-        model = Qwen2_5_VLTextModel(config)
+    rows = audited_shapes(checkpoint)["embed_tokens.weight"][0]
+    if len(tokenizer) > rows:
+        raise LongCatError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the text encoder knows {rows}: they are from different "
+            "models. Download 'tokenizer' and 'text_encoder' of the same checkpoint.",
+            f"分词器有 {len(tokenizer)} 个词元，而文本编码器只有 {rows} 个：两者来自不同的模型。"
+            "请下载同一检查点的“tokenizer”和“text_encoder”。",
+        )
+    model = empty_text_model(checkpoint.configs["text_encoder"])
     weights = language_weights(checkpoint.weights("text_encoder"))
-    audit("text_encoder", {key: value.shape for key, value in model.state_dict().items()}, weights)
     model.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
-    _compute_buffers(model, config)
+    _compute_buffers(model, model.config)
     return TextEncoder(model.eval().requires_grad_(False), tokenizer)
 
 
-def language_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The decoder's tensors under the names of the bare text model; the output head and vision tower are left out."""
+def empty_text_model(config: Mapping[str, Any]) -> Qwen2_5_VLTextModel:
+    """The decoder without storage, from the checkpoint's own config.
+
+    Raises:
+        LongCatError: no decoder can be built from the config.
+    """
+
+    def empty() -> Qwen2_5_VLTextModel:
+        text_config = Qwen2_5_VLConfig.from_dict(dict(config)).text_config
+        with torch.device("meta"):
+            return Qwen2_5_VLTextModel(text_config)
+
+    return build("text_encoder", empty)
+
+
+def audited_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
+    """The shapes of the decoder's weights in the checkpoint's files, checked against its config.
+
+    Raises:
+        LongCatError: see :func:`empty_text_model`, :func:`checkpoints.read_shapes` and :func:`checkpoints.audit`.
+    """
+    expected = shapes(empty_text_model(checkpoint.configs["text_encoder"]).state_dict())
+    found = language_weights(checkpoint.shapes("text_encoder"))
+    audit("text_encoder", expected, found)
+    return found
+
+
+def language_weights(weights: Mapping[str, _T]) -> dict[str, _T]:
+    """The decoder's entries under the names of the bare text model; the output head and vision tower are left out."""
     kept = {key: value for key, value in weights.items() if not key.startswith(_OTHER_PARTS)}
     prefix = next((p for p in _LANGUAGE_PREFIXES if f"{p}embed_tokens.weight" in kept), "")
     return {key.removeprefix(prefix): value for key, value in kept.items()}

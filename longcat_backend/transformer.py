@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from . import flow, latents
-from .checkpoints import Checkpoint, audit
+from .checkpoints import Checkpoint, audit, build, shapes
 
 
 class VelocityModel(nn.Module):
@@ -61,21 +61,39 @@ class VelocityModel(nn.Module):
 
 
 def empty_transformer(config: Mapping[str, Any]) -> LongCatImageTransformer2DModel:
-    """A transformer without storage, from the checkpoint's own config (the class defaults are Flux's)."""
-    with torch.device("meta"):
-        return LongCatImageTransformer2DModel.from_config(dict(config))
+    """A transformer without storage, from the checkpoint's own config (the class defaults are Flux's).
+
+    Raises:
+        LongCatError: no transformer can be built from the config.
+    """
+
+    def empty() -> LongCatImageTransformer2DModel:
+        with torch.device("meta"):
+            return LongCatImageTransformer2DModel.from_config(dict(config))
+
+    return build("transformer", empty)
+
+
+def audited_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
+    """The shapes of the transformer's weights in the checkpoint's files, checked against its config.
+
+    Raises:
+        LongCatError: see :func:`empty_transformer`, :func:`checkpoints.read_shapes` and :func:`checkpoints.audit`.
+    """
+    expected = shapes(empty_transformer(checkpoint.configs["transformer"]).state_dict())
+    found = checkpoint.shapes("transformer")
+    audit("transformer", expected, found)
+    return found
 
 
 def audited_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The transformer's tensors under their official names, checked against the config.
+    """The transformer's tensors under their official names; audited before the first one is read.
 
     Raises:
-        LongCatError: see :func:`checkpoints.read_weights` and :func:`checkpoints.audit`.
+        LongCatError: see :func:`audited_shapes` and :func:`checkpoints.read_weights`.
     """
-    weights = checkpoint.weights("transformer")
-    expected = empty_transformer(checkpoint.configs["transformer"]).state_dict()
-    audit("transformer", {key: value.shape for key, value in expected.items()}, weights)
-    return weights
+    audited_shapes(checkpoint)
+    return checkpoint.weights("transformer")
 
 
 def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> VelocityModel:

@@ -55,11 +55,14 @@ class LongCatLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None, engine: Any = None) -> bool | str:
-        """Whether the name stands for a LongCat-Image folder; a sentence if not."""
+        """Whether the name stands for a LongCat-Image folder that can be loaded; a sentence if not."""
+        if not isinstance(engine, dict):  # ComfyUI leaves out a dynamic input whose value it does not know
+            known = ", ".join((precision.AUTO, *loading.ENGINES))
+            return f"There is no such engine. Choose one of: {known}.\n没有这个引擎。请选择：{known}。"
         if checkpoint is None:  # comes from another node
             return True
         try:
-            checkpoints.open_checkpoint(loading.find(checkpoint))
+            loading.verify(checkpoint)
         except LongCatError as error:
             return str(error)
         return True

@@ -11,7 +11,7 @@ import comfy.supported_models
 import torch
 
 from .. import flow, transformer
-from ..checkpoints import Checkpoint, audit
+from ..checkpoints import Checkpoint, audit, shapes
 from . import formats
 
 
@@ -32,7 +32,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.model_patcher.Mode
     patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload)
     network = model.diffusion_model
     names = {key: value.shape for key, value in network.state_dict().items() if value is not None}
-    audit("transformer", names or {key: value.shape for key, value in weights.items()}, weights)
+    audit("transformer", names or shapes(weights), shapes(weights))
     cast_weights = {key: value.to(dtype) for key, value in weights.items()}
     network.load_state_dict(cast_weights, strict=True, assign=patcher.is_dynamic())
     patcher.add_wrapper_with_key(

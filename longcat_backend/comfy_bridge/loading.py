@@ -1,5 +1,6 @@
 """One checkpoint to MODEL, CLIP and VAE."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import comfy.model_management
@@ -7,7 +8,7 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from .. import checkpoints, precision
+from .. import checkpoints, precision, verification
 from ..checkpoints import Checkpoint
 from . import clip, core_engine, diffusers_engine, formats, host, vae
 
@@ -24,6 +25,23 @@ def find(name: str) -> Path:
     return checkpoints.resolve_checkpoint(name, host.checkpoint_roots())
 
 
+def verify(name: str) -> None:
+    """Check a checkpoint without reading a weight; again only when one of its files changed.
+
+    Raises:
+        LongCatError: the checkpoint cannot be found, identified or built, or its weights do not fit its configs.
+    """
+    folder = find(name)
+    _verify(folder, checkpoints.fingerprint(folder))
+
+
+@lru_cache(maxsize=16)
+def _verify(folder: Path, fingerprint: str) -> None:
+    checkpoint = checkpoints.open_checkpoint(folder)
+    verification.verify(checkpoint)
+    vae.class_config(checkpoint.configs["vae"])
+
+
 def load(
     name: str, engine: str, model_precision: str, encoder_precision: str
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
@@ -32,12 +50,10 @@ def load(
     Raises:
         LongCatError: the checkpoint cannot be found, identified or read, or its weights do not fit its configs.
     """
+    verify(name)
     checkpoint = checkpoints.open_checkpoint(find(name))
-    return (
-        load_model(checkpoint, engine, model_precision),
-        clip.load(checkpoint, encoder_dtype(encoder_precision)),
-        vae.load(checkpoint),
-    )
+    encoder = clip.load(checkpoint, encoder_dtype(encoder_precision))
+    return load_model(checkpoint, engine, model_precision), encoder, vae.load(checkpoint)
 
 
 def load_model(checkpoint: Checkpoint, engine: str, model_precision: str) -> comfy.model_patcher.ModelPatcher:

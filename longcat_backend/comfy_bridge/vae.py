@@ -6,11 +6,11 @@ from typing import Any
 import comfy.diffusers_convert
 import comfy.sd
 import torch
-from diffusers import AutoencoderKL
 
 from .. import latents
 from ..checkpoints import Checkpoint, audit
 from ..errors import LongCatError
+from ..verification import vae_shapes
 
 # FLUX's VAE, which the official checkpoints carry; for a VAE that core's own loader brought.
 DEFAULT_SCALING = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
@@ -24,12 +24,12 @@ def load(checkpoint: Checkpoint) -> comfy.sd.VAE:
         LongCatError: see :func:`checkpoints.read_weights` and :func:`checkpoints.audit`.
     """
     config = checkpoint.configs["vae"]
+    audit("vae", vae_shapes(config), checkpoint.shapes("vae"))
     weights = checkpoint.weights("vae")
-    with torch.device("meta"):
-        expected = AutoencoderKL.from_config(dict(config)).state_dict()
-    audit("vae", {key: value.shape for key, value in expected.items()}, weights)
     converted = comfy.diffusers_convert.convert_vae_state_dict(weights)
-    vae = comfy.sd.VAE(sd={**_identity_convolutions(config, converted), **converted}, config=class_config(config))
+    vae = comfy.sd.VAE(
+        sd={**_identity_convolutions(config, converted), **converted}, config=class_config(config)
+    )
     vae.latent_channels = config["latent_channels"]
     setattr(vae, _SCALING, {key: config[key] for key in DEFAULT_SCALING})
     return vae
@@ -78,7 +78,9 @@ def _identity_convolutions(
     return tensors
 
 
-def decode(vae: comfy.sd.VAE, samples: torch.Tensor, tiled: bool, width: int = 0, height: int = 0) -> torch.Tensor:
+def decode(
+    vae: comfy.sd.VAE, samples: torch.Tensor, tiled: bool, width: int = 0, height: int = 0
+) -> torch.Tensor:
     """Pictures (batch, height, width, 3) in 0..1 from a LATENT or from packed latents.
 
     Args:

@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from . import latents
+from .errors import LongCatError
 
 # The official scheduler, for a LongCat model that came without a folder.
 DEFAULT_SCHEDULER = {
@@ -21,6 +22,7 @@ DEFAULT_SCHEDULER = {
     "max_shift": 1.15,
 }
 NORM_EPSILON = 1e-8
+LEAST_DENOISE = 0.01
 
 
 def shift(tokens: int, config: Mapping[str, Any]) -> float:
@@ -32,6 +34,19 @@ def shift(tokens: int, config: Mapping[str, Any]) -> float:
     return float(values["base_shift"] + slope * (tokens - values["base_image_seq_len"]))
 
 
+def check_denoise(denoise: float) -> None:
+    """Refuse a denoise whose whole schedule could not be computed.
+
+    Raises:
+        LongCatError: it is neither 0 nor between 0.01 and 1, so the schedule would have over 100 times the steps.
+    """
+    if denoise != 0 and not LEAST_DENOISE <= denoise <= 1:
+        raise LongCatError(
+            f"denoise is {denoise}. Set it to 0, or between {LEAST_DENOISE} and 1.",
+            f"denoise 为 {denoise}。请设为 0，或 {LEAST_DENOISE} 到 1。",
+        )
+
+
 def sigmas(steps: int, tokens: int, config: Mapping[str, Any], denoise: float = 1.0) -> torch.Tensor:
     """The noise levels of a run, from high to 0, shape (steps + 1,).
 
@@ -40,8 +55,12 @@ def sigmas(steps: int, tokens: int, config: Mapping[str, Any], denoise: float = 
         config: the checkpoint's scheduler config.
         denoise: the share of the schedule to run, as in ComfyUI's BasicScheduler: its last ``steps`` levels
             of ``int(steps / denoise)``. 0 gives no step at all.
+
+    Raises:
+        LongCatError: see :func:`check_denoise`.
     """
-    if denoise <= 0:
+    check_denoise(denoise)
+    if denoise == 0:
         return torch.zeros(0)
     total = int(steps / denoise)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config({**DEFAULT_SCHEDULER, **config})

@@ -60,6 +60,22 @@ def check_batch(batch: int) -> None:
         )
 
 
+def check_unpacked(samples: torch.Tensor, channels: int = CHANNELS) -> None:
+    """Refuse a latent of another model, a video or packed latents.
+
+    Raises:
+        LongCatError: the shape is not (batch, channels, h, w) with at least one value.
+    """
+    if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels or not samples.numel():
+        shape = "nested" if samples.is_nested else tuple(samples.shape)
+        raise LongCatError(
+            f"The latent has shape {shape}; expected (batch, {channels}, height / 8, width / 8). It is from another "
+            "model or packed: make it with LongCatEmptyLatent, or VAEEncode with the VAE of LongCatLoader.",
+            f"潜变量的形状为 {shape}，应为 (batch, {channels}, 高 / 8, 宽 / 8)。它来自其他模型或是打包格式："
+            "请用 LongCatEmptyLatent，或用 LongCatLoader 的 VAE 通过 VAEEncode 生成。",
+        )
+
+
 def check_finite(samples: torch.Tensor) -> None:
     """Refuse a latent that would turn the whole picture black.
 
@@ -116,10 +132,11 @@ def unpack_scaled(tokens: torch.Tensor, vae_config: Mapping[str, Any], width: in
         width, height: of the picture in pixels; 0 for both means a square.
 
     Raises:
-        LongCatError: the size does not give this number of tokens.
+        LongCatError: the size is off the grid or does not give this number of tokens.
     """
     if not width and not height:
         width = height = round(tokens.shape[1] ** 0.5) * GRID
+    check_size(width, height)
     rows, columns = height // GRID, width // GRID
     if rows * columns != tokens.shape[1] or tokens.shape[2] != PACKED_CHANNELS:
         raise LongCatError(

@@ -19,7 +19,8 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 _QUOTED = re.compile(
     "|".join(f"{re.escape(a)}[^{re.escape(a + b)}]*?{re.escape(b)}" for a, b in QUOTE_PAIRS)
 )
-_CONTRACTION = re.compile(r"[a-zA-Z]+'[a-zA-Z]+")
+# Starts only where a word does: else a run of n letters takes n² steps.
+_CONTRACTION = re.compile(r"(?<![a-zA-Z])[a-zA-Z]+'[a-zA-Z]+")
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,16 @@ class LongCatEmptyLatent(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, size: Any, **inputs: Any) -> bool | str:
+    def validate_inputs(cls, size: Any = None, **inputs: Any) -> bool | str:
         """Name the nearest sizes when a custom side is off the grid, before any model is loaded."""
-        sides = [size.get("width"), size.get("height")] if isinstance(size, dict) else []
-        batch = inputs.get("batch_size")
-        try:
-            for side in filter(None, sides):
-                latents.check_size(side, side)
+        if not isinstance(size, dict):  # ComfyUI leaves out a dynamic input whose value it does not know
+            known = ", ".join((*latents.ASPECTS, CUSTOM))
+            return f"There is no such size. Choose one of: {known}.\n没有这个尺寸。请选择：{known}。"
+        width, height, batch = size.get("width"), size.get("height"), inputs.get("batch_size")
+        try:  # None comes from another node
+            latents.check_size(
+                latents.GRID if width is None else width, latents.GRID if height is None else height
+            )
             if batch is not None:
                 latents.check_batch(batch)
         except LongCatError as error:

@@ -4,8 +4,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..longcat_backend import flow
 from ..longcat_backend.comfy_bridge import guidance as guidance_bridge
 from ..longcat_backend.comfy_bridge import sampling
+from ..longcat_backend.errors import LongCatError
 from .loading import CATEGORY
 
 MAX_STEPS = 1000
@@ -75,9 +77,9 @@ class LongCatSchedule(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps: int | None) -> bool | str:
-        """A sentence for a number of steps that cannot be run."""
-        return _check_steps(steps)
+    def validate_inputs(cls, steps: int | None, denoise: float | None) -> bool | str:
+        """A sentence for a schedule that cannot be run."""
+        return _check_schedule(steps, denoise)
 
     @classmethod
     def execute(cls, model: Any, latent: dict[str, Any], steps: int, denoise: float) -> io.NodeOutput:
@@ -176,9 +178,9 @@ class LongCatSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps: int | None) -> bool | str:
-        """A sentence for a number of steps that cannot be run."""
-        return _check_steps(steps)
+    def validate_inputs(cls, steps: int | None, denoise: float | None) -> bool | str:
+        """A sentence for a schedule that cannot be run."""
+        return _check_schedule(steps, denoise)
 
     @classmethod
     def execute(
@@ -200,8 +202,13 @@ class LongCatSampler(io.ComfyNode):
         return io.NodeOutput(sampling.sample(patched, positive, negative, latent, sigmas, guidance, seed))
 
 
-def _check_steps(steps: int | None) -> bool | str:
-    if steps is None or 1 <= steps <= MAX_STEPS:  # None: comes from another node
+def _check_schedule(steps: int | None, denoise: float | None) -> bool | str:
+    if denoise is not None:  # None: comes from another node
+        try:
+            flow.check_denoise(denoise)
+        except LongCatError as error:
+            return str(error)
+    if steps is None or 1 <= steps <= MAX_STEPS:
         return True
     return (
         f"steps is {steps}; set it between 1 and {MAX_STEPS} (50 officially, 8 for edit-turbo).\n"

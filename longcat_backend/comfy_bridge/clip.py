@@ -83,14 +83,14 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.sd.CLIP:
     return comfy.sd.CLIP(target, model_options={"dtype": dtype})
 
 
-def encode(clip: comfy.sd.CLIP, prompt: str) -> tuple[list[Any], str]:
+def encode(clip: comfy.sd.CLIP | None, prompt: str) -> tuple[list[Any], str]:
     """CONDITIONING of a prompt and the report of what was encoded.
 
     Raises:
         LongCatError: the CLIP is not LongCatLoader's, so neither its positions nor its tokens are LongCat's.
     """
-    if not isinstance(clip.tokenizer, Tokenizer):
-        found = type(clip.tokenizer).__name__
+    if clip is None or not isinstance(clip.tokenizer, Tokenizer):
+        found = "nothing" if clip is None else type(clip.tokenizer).__name__
         raise LongCatError(
             f"LongCatTextEncode needs the CLIP of LongCatLoader, but got one with {found}. Connect LongCatLoader, or "
             "use CLIPTextEncode with that CLIP.",

@@ -27,14 +27,14 @@ def attach(patcher: comfy.model_patcher.ModelPatcher, checkpoint: Checkpoint) ->
     patcher.set_attachments(_ATTACHMENT, dict(checkpoint.configs["scheduler"]))
 
 
-def scheduler_config(patcher: comfy.model_patcher.ModelPatcher) -> Mapping[str, Any]:
+def scheduler_config(patcher: comfy.model_patcher.ModelPatcher | None) -> Mapping[str, Any]:
     """The scheduler config of a MODEL; the official one for a LongCat that core's own loader brought.
 
     Raises:
         LongCatError: the MODEL is no LongCat-Image.
     """
-    if not isinstance(patcher.model, comfy.model_base.LongCatImage):
-        found = type(patcher.model).__name__
+    if patcher is None or not isinstance(patcher.model, comfy.model_base.LongCatImage):
+        found = "nothing" if patcher is None else type(patcher.model).__name__
         raise LongCatError(
             f"This node needs a LongCat-Image model, but the MODEL is {found}. Connect the MODEL of LongCatLoader.",
             f"该节点需要 LongCat-Image 模型，但接入的 MODEL 是 {found}。请连接 LongCatLoader 的 MODEL。",

@@ -1,5 +1,6 @@
 """What the pack asks of its host: a version, and the folders where checkpoints may lie."""
 
+import re
 from pathlib import Path
 
 import comfyui_version
@@ -19,7 +20,8 @@ def require_host() -> None:
         LongCatError: the host is older than the oldest version the pack was tested with.
     """
     found = comfyui_version.__version__
-    if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < OLDEST_HOST:
+    numbers = [int(part) for part in re.findall(r"\d+", found)[:3]]
+    if (*numbers, 0, 0, 0)[:3] < OLDEST_HOST:
         oldest = ".".join(map(str, OLDEST_HOST))
         raise LongCatError(
             f"LongCat-Image needs ComfyUI {oldest} or later, this is {found}. Update ComfyUI, then start it again.",

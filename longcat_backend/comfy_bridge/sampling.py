@@ -18,7 +18,7 @@ def schedule(
     """The official sigmas for this model at the latent's size, shape (steps + 1,).
 
     Raises:
-        LongCatError: the MODEL is no LongCat-Image.
+        LongCatError: the MODEL is no LongCat-Image, or the LATENT is another model's.
     """
     config = formats.scheduler_config(model)
     return flow.sigmas(steps, latents.token_count(as_model_latent(model, latent)), config, denoise)
@@ -46,8 +46,15 @@ def sample(
 
 
 def as_model_latent(model: comfy.model_patcher.ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:
-    """The latent as the sampler will see it: core's empty latents may have other channels or another scale."""
-    samples: torch.Tensor = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial")
-    )
+    """The latent as the sampler will see it: core's empty latents may have other channels or another scale.
+
+    Raises:
+        LongCatError: the LATENT is packed or another model's.
+    """
+    samples: torch.Tensor = latent["samples"]
+    if not samples.is_nested and samples.ndim == 4 and samples.numel():
+        samples = comfy.sample.fix_empty_latent_channels(
+            model, samples, latent.get("downscale_ratio_spacial")
+        )
+    latents.check_unpacked(samples)
     return samples

@@ -79,7 +79,7 @@ def _identity_convolutions(
 
 
 def decode(
-    vae: comfy.sd.VAE, samples: torch.Tensor, tiled: bool, width: int = 0, height: int = 0
+    vae: comfy.sd.VAE | None, samples: torch.Tensor, tiled: bool, width: int = 0, height: int = 0
 ) -> torch.Tensor:
     """Pictures (batch, height, width, 3) in 0..1 from a LATENT or from packed latents.
 
@@ -88,10 +88,17 @@ def decode(
         width, height: of the picture, for packed latents only; 0 for a square.
 
     Raises:
-        LongCatError: the latent holds NaN or infinity, or packed latents do not fit the size.
+        LongCatError: there is no VAE, the latent holds NaN or infinity or is another model's, or packed latents do
+            not fit the size.
     """
-    latents.check_finite(samples)
-    if samples.ndim == 3:
+    if vae is None:
+        raise LongCatError(
+            "There is no VAE: the loader's file holds none. Connect the VAE of LongCatLoader.",
+            "没有 VAE：加载器的文件中不含 VAE。请连接 LongCatLoader 的 VAE。",
+        )
+    if not samples.is_nested and samples.ndim == 3:
         samples = latents.unpack_scaled(samples, getattr(vae, _SCALING, DEFAULT_SCALING), width, height)
+    latents.check_unpacked(samples, vae.latent_channels)
+    latents.check_finite(samples)
     pixels: torch.Tensor = vae.decode_tiled(samples) if tiled else vae.decode(samples)
     return pixels

@@ -22,16 +22,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools import checks, environment
+from tools.workflow import WorkflowError, edited, load_workflow
+
 ROOT = Path(__file__).resolve().parent
 DEFAULT_WORKFLOW = ROOT / "tests" / "api" / "text_to_image.json"
 INTERRUPTED = 130
-
-if __package__:
-    from .tools import checks, environment
-    from .tools.workflow import WorkflowError, edited, load_workflow
-else:
-    from tools import checks, environment
-    from tools.workflow import WorkflowError, edited, load_workflow
 
 
 def say(text: str) -> None:

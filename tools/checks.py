@@ -12,7 +12,8 @@ from .environment import Environment, link_directory
 
 ALIAS = "longcat_pack"
 TIERS = ("unit", "parity", "host")
-TYPED = ("longcat_backend", "nodes", "tools")
+# Packages, and modules that mypy follows to what they use.
+TYPED = ("-p", "longcat_backend", "-p", "nodes", "-m", "tools.checks", "-m", "tools.demo")
 
 
 def test_environment(environment: Environment) -> dict[str, str]:
@@ -53,7 +54,7 @@ def _checks(
     alias = alias_folder / ALIAS
     if not (alias.exists() and alias.resolve() == root.resolve()):
         link_directory(root, alias)
-    packages = [option for name in TYPED for option in ("-p", f"{ALIAS}.{name}")]
+    packages = [word if word.startswith("-") else f"{ALIAS}.{word}" for word in TYPED]
     mypy = [python, "-m", "mypy", "--config-file", str(root / "pyproject.toml")]
     mypy += ["--cache-dir", str(alias_folder / "mypy"), *packages]
     return [

@@ -12,7 +12,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from longcat_pack import run
 from longcat_pack.tools import demo, environment, workflow
 from longcat_pack.tools.results import Event, Interrupted, NodeFailed, PromptRejected, Result
 
@@ -341,6 +340,8 @@ class TestCommands:
         assert process.returncode == 1 and "no node 7; the nodes are: 1 (Colour)" in err
         assert not (tmp_path / "cache").exists()
 
-    def test_bench_lists_its_programs_when_it_does_not_know_one(self, capsys: pytest.CaptureFixture[str]):
-        assert run.main(["bench", "none-such"]) == 1
-        assert "there is no benchmark none-such; there are: " in capsys.readouterr().err
+    def test_bench_lists_its_programs_when_it_does_not_know_one(self, commands):
+        process = commands("bench", "none-such", "--its", "own")
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "there is no benchmark none-such; there are: " in err

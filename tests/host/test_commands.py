@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image
 
-from longcat_pack.tools import demo, environment, workflow
+from longcat_pack.tools import checks, demo, environment, workflow
 from longcat_pack.tools.results import Event, Interrupted, NodeFailed, PromptRejected, Result
 
 FLAT = {
@@ -242,6 +243,36 @@ class TestSetUp:
         assert (tmp_path / "old" / "here").exists()
 
 
+class TestTiers:
+    @pytest.fixture
+    def run_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Run all checks in a checkout that has these tiers, with every program replaced by an exit code."""
+
+        def run(tiers: list[str], code: Callable[[Sequence[str]], int] = lambda command: 0) -> int:
+            for tier in tiers:
+                (tmp_path / "tests" / tier).mkdir(parents=True)
+                (tmp_path / "tests" / tier / "test_it.py").touch()
+            monkeypatch.setattr(checks, "_call", lambda command, folder, variables: code(command))
+            made = environment.Environment(Path(sys.executable), tmp_path, True)
+            return checks.run_all(made, tmp_path, tmp_path / "check")
+
+        return run
+
+    def test_a_tier_that_is_missing_is_named(self, run_all, capsys, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.delenv("CI", raising=False)
+        assert run_all(["unit", "host"]) == 0
+        assert "parity tier: not run" in capsys.readouterr().out
+
+    def test_the_host_tier_must_run_in_continuous_integration(self, run_all, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("CI", "true")
+        assert run_all(["unit", "parity"]) != 0
+        assert run_all(["host"]) == 0
+
+    @pytest.mark.parametrize("name", ["format", "check", "mypy", "pytest"])
+    def test_any_failure_fails_the_whole(self, run_all, name: str):
+        assert run_all(["unit", "parity", "host"], lambda command: int(name in command)) != 0
+
+
 class TestShowingProgress:
     def test_plain_lines_name_nodes_and_tenths(self):
         out = io.StringIO()
@@ -324,15 +355,17 @@ class TestCommands:
         assert "node 1 (EmptyImage): Value -8 smaller than min of 1: width" in err
         assert not ours(tmp_path) and not list(tmp_path.glob("*.png"))
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_a_stopped_demo_leaves_no_process(self, commands, tmp_path: Path, number: signal.Signals):
-        process = commands("demo", "--workflow", str(written(tmp_path / "slow.json", SLOW)))
-        while "ImageSharpen" not in process.stdout.readline():
-            assert process.poll() is None, process.stderr.read()
-        process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode not in (0, None)
-        assert not ours(tmp_path)
+    if os.name != "nt":  # Windows has no such signals to send
+
+        @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+        def test_a_stopped_demo_leaves_no_process(self, commands, tmp_path: Path, number: signal.Signals):
+            process = commands("demo", "--workflow", str(written(tmp_path / "slow.json", SLOW)))
+            while "ImageSharpen" not in process.stdout.readline():
+                assert process.poll() is None, process.stderr.read()
+            process.send_signal(number)
+            process.communicate(timeout=60)
+            assert process.returncode not in (0, None)
+            assert not ours(tmp_path)
 
     def test_mistakes_in_arguments_show_before_anything_is_made(self, commands, tmp_path: Path):
         process = commands("demo", "--workflow", str(written(tmp_path / "flat.json", FLAT)), "--set", "7.x=1")

@@ -1,0 +1,48 @@
+"""Draw the thumbnails of the bundled workflows: `python -m tools.make_thumbnails` in the repository root.
+
+Runs the API twin of every workflow in a ComfyUI of its own (COMFYUI_PATH, or the tree that `run.py` keeps)
+and writes workflows/<name>.jpg from the picture. Needs the environment that `run.py` makes.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from .environment import cache_dir, cached_host, users_comfy
+from .host import ComfyServer, device_arguments
+from .workflow import load_workflow
+
+ROOT = Path(__file__).resolve().parent.parent
+SIDE = 512
+QUALITY = 90
+
+
+def thumbnail(picture: bytes) -> Image.Image:
+    """The picture in RGB with its shorter side at 512 pixels, without metadata."""
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    scale = SIDE / min(image.size)
+    sized = image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
+    sized.info.clear()
+    return sized
+
+
+def main() -> None:
+    """Draw one thumbnail per workflow."""
+    comfy = users_comfy() or cached_host(cache_dir())
+    with (
+        tempfile.TemporaryDirectory() as base,
+        ComfyServer(comfy, Path(base), ROOT, args=device_arguments()) as server,
+    ):
+        for path in sorted((ROOT / "workflows").glob("*.json")):
+            result = server.run(load_workflow(ROOT / "tests" / "api" / path.name))
+            target = path.with_suffix(".jpg")
+            thumbnail(server.view(result.images[0])).save(target, quality=QUALITY)
+            print(target.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -50,15 +50,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="NODE.INPUT=VALUE",
         help="set any input; NODE is an id or a title",
     )
-    demo.add_argument(
-        "--out", type=Path, help="where to save the picture (default: a free longcat*.png here)"
-    )
-    demo.add_argument(
-        "--timeout", type=float, default=3600, help="seconds until the run is given up (default: 3600)"
-    )
-    commands.add_parser(
-        "test", help="check and test everything; with arguments: run pytest alone, with these"
-    )
+    demo.add_argument("--out", type=Path, help="where to save the picture (default: a free longcat*.png here)")
+    demo.add_argument("--timeout", type=float, default=3600, help="seconds until the run is given up (default: 3600)")
+    commands.add_parser("test", help="check and test everything; with arguments: run pytest alone, with these")
     bench = commands.add_parser("bench", help="run benchmarks/NAME.py; what follows NAME goes to the program")
     bench.add_argument("name", help="a program in benchmarks/, without .py")
     return top

@@ -83,7 +83,8 @@ def resolve_checkpoint(name: str, roots: Sequence[Path]) -> Path:
     raise LongCatError(
         f"There is no checkpoint folder '{name}'. Found: {listed}. Put the official folder (with model_index.json) "
         f"below one of: {places}.",
-        f"找不到检查点文件夹“{name}”。现有：{listed}。请把官方文件夹（含 model_index.json）放到以下位置之一：{places}。",
+        f"找不到检查点文件夹“{name}”。现有：{listed}。"
+        f"请把官方文件夹（含 model_index.json）放到以下位置之一：{places}。",
     )
 
 
@@ -231,9 +232,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    foreign = [
-        repr(name) for name in names if not isinstance(name, str) or PureWindowsPath(name).name != name
-    ]
+    foreign = [repr(name) for name in names if not isinstance(name, str) or PureWindowsPath(name).name != name]
     if foreign or not names:
         raise LongCatError(
             f"'{_short(index)}' has no weight_map of plain file names in its own folder; found: "
@@ -247,7 +246,8 @@ def _shards(index: Path) -> list[Path]:
         raise LongCatError(
             f"'{_short(index)}' names {len(shards)} files, but these are missing: {_some(absent)}. "
             f"Download them into '{index.parent.name}'.",
-            f"“{_short(index)}”列出了 {len(shards)} 个文件，但缺少：{_some(absent)}。请把它们下载到“{index.parent.name}”。",
+            f"“{_short(index)}”列出了 {len(shards)} 个文件，但缺少：{_some(absent)}。"
+            f"请把它们下载到“{index.parent.name}”。",
         )
     return shards
 

@@ -28,9 +28,7 @@ LEAST_DENOISE = 0.01
 def shift(tokens: int, config: Mapping[str, Any]) -> float:
     """mu, linear in the number of image tokens: 0.63 at 512², 1.15 at 1024², 3.23 at 2048² for the official config."""
     values = {**DEFAULT_SCHEDULER, **config}
-    slope = (values["max_shift"] - values["base_shift"]) / (
-        values["max_image_seq_len"] - values["base_image_seq_len"]
-    )
+    slope = (values["max_shift"] - values["base_shift"]) / (values["max_image_seq_len"] - values["base_image_seq_len"])
     return float(values["base_shift"] + slope * (tokens - values["base_image_seq_len"]))
 
 

@@ -142,7 +142,8 @@ def unpack_scaled(tokens: torch.Tensor, vae_config: Mapping[str, Any], width: in
         raise LongCatError(
             f"Packed latents of shape {tuple(tokens.shape)} are not a picture of {width}x{height}: that needs "
             f"({rows * columns}, {PACKED_CHANNELS}). Set the width and height the latents were made for.",
-            f"形状为 {tuple(tokens.shape)} 的打包潜变量不是 {width}x{height} 的图像（应为 ({rows * columns}, {PACKED_CHANNELS})）。"
+            f"形状为 {tuple(tokens.shape)} 的打包潜变量不是 {width}x{height} 的图像"
+            f"（应为 ({rows * columns}, {PACKED_CHANNELS})）。"
             "请填写生成它时的宽和高。",
         )
     samples = unpack(tokens, rows * PATCH, columns * PATCH)
@@ -175,7 +176,7 @@ def image_position_ids(
 def position_ids(
     text_length: int, sizes: Sequence[tuple[int, int]], device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text and image ids for a text of ``text_length`` and latents of the given (h, w): the picture, then references."""
+    """Ids of a text of ``text_length`` and of latents of the given (h, w): the picture first, then references."""
     images = [
         image_position_ids(height // PATCH, width // PATCH, text_length, modality, device)
         for modality, (height, width) in enumerate(sizes, start=1)

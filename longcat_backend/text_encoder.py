@@ -88,9 +88,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_text_encoder(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> TextEncoder:
+def load_text_encoder(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> TextEncoder:
     """Build the encoder from its own config and load only the decoder layers.
 
     Raises:

@@ -92,12 +92,7 @@ def _check_values(part: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_rope(axes: Any, head: Any) -> None:
-    if (
-        not isinstance(axes, list)
-        or len(axes) != 3
-        or any(type(axis) is not int for axis in axes)
-        or sum(axes) != head
-    ):
+    if not isinstance(axes, list) or len(axes) != 3 or any(type(axis) is not int for axis in axes) or sum(axes) != head:
         raise _bad_config(
             "transformer",
             f"axes_dims_rope {axes} are not three numbers that add up to attention_head_dim {head}",
@@ -116,9 +111,7 @@ def _check_scaling(config: Mapping[str, Any]) -> None:
 def _check_scheduler(config: Mapping[str, Any]) -> None:
     if config.get("_class_name") != SCHEDULER:
         found = config.get("_class_name")
-        raise _bad_config(
-            "scheduler", f"it is for {found}, not {SCHEDULER}", f"它属于 {found}，而不是 {SCHEDULER}"
-        )
+        raise _bad_config("scheduler", f"it is for {found}, not {SCHEDULER}", f"它属于 {found}，而不是 {SCHEDULER}")
     levels = flow.sigmas(4, 4096, config)
     if not bool(torch.isfinite(levels).all() and (levels.diff() < 0).all()):
         raise _bad_config("scheduler", f"its sigmas are {levels.tolist()}", f"其 sigma 为 {levels.tolist()}")

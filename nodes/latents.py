@@ -33,7 +33,7 @@ class LongCatEmptyLatent(io.ComfyNode):
             node_id="LongCatEmptyLatent",
             display_name="LongCat Empty Latent",
             category=CATEGORY,
-            description="An empty canvas in one of the sizes that LongCat-Image was trained on, or any multiple of 16.",
+            description="An empty canvas in a size that LongCat-Image was trained on, or any multiple of 16.",
             search_aliases=["longcat size", "aspect ratio", "尺寸", "画布"],
             inputs=[
                 io.DynamicCombo.Input(
@@ -42,7 +42,13 @@ class LongCatEmptyLatent(io.ComfyNode):
                     + [io.DynamicCombo.Option(CUSTOM, [_side_input("width"), _side_input("height")])],
                     tooltip="The training sizes of about one megapixel, or custom.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=latents.LARGEST_BATCH, tooltip="How many pictures to draw at once."),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=latents.LARGEST_BATCH,
+                    tooltip="How many pictures to draw at once.",
+                ),
             ],
             outputs=[io.Latent.Output()],
         )
@@ -55,9 +61,7 @@ class LongCatEmptyLatent(io.ComfyNode):
             return f"There is no such size. Choose one of: {known}.\n没有这个尺寸。请选择：{known}。"
         width, height, batch = size.get("width"), size.get("height"), inputs.get("batch_size")
         try:  # None comes from another node
-            latents.check_size(
-                latents.GRID if width is None else width, latents.GRID if height is None else height
-            )
+            latents.check_size(latents.GRID if width is None else width, latents.GRID if height is None else height)
             if batch is not None:
                 latents.check_batch(batch)
         except LongCatError as error:

@@ -75,9 +75,7 @@ class LongCatLoader(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint: str, engine: dict[str, str], text_encoder_precision: str) -> io.NodeOutput:
         """Load the three parts."""
-        return io.NodeOutput(
-            *loading.load(checkpoint, engine["engine"], engine["precision"], text_encoder_precision)
-        )
+        return io.NodeOutput(*loading.load(checkpoint, engine["engine"], engine["precision"], text_encoder_precision))
 
 
 NODES = [LongCatLoader]

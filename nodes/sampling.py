@@ -131,9 +131,7 @@ class LongCatGuidance(io.ComfyNode):
         cls, model: Any, renorm: bool, renorm_min: float, start_percent: float, end_percent: float
     ) -> io.NodeOutput:
         """Patch a clone of the MODEL."""
-        return io.NodeOutput(
-            guidance_bridge.patch(model, renorm, renorm_min, start_percent, end_percent)
-        )
+        return io.NodeOutput(guidance_bridge.patch(model, renorm, renorm_min, start_percent, end_percent))
 
 
 class LongCatSampler(io.ComfyNode):

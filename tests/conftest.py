@@ -23,9 +23,7 @@ def _load_pack() -> None:
     """Import the repository as the package `longcat_pack`, by file location, once."""
     if ALIAS in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(
-        ALIAS, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
+    spec = importlib.util.spec_from_file_location(ALIAS, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[ALIAS] = module

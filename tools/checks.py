@@ -29,9 +29,7 @@ def run_pytest(environment: Environment, root: Path, arguments: Sequence[str]) -
 
 def run_all(environment: Environment, root: Path, alias_folder: Path) -> int:
     """Run every check and every tier that this machine can run; the exit code is 0 when all is well."""
-    failed = [
-        name for name, command in _checks(environment, root, alias_folder) if not _passes(name, *command)
-    ]
+    failed = [name for name, command in _checks(environment, root, alias_folder) if not _passes(name, *command)]
     present = [tier for tier in TIERS if any((root / "tests" / tier).rglob("test_*.py"))]
     for tier in TIERS:
         if tier not in present:

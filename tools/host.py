@@ -142,9 +142,7 @@ class ComfyServer:
             self._check_alive()
             raise
 
-    def wait(
-        self, prompt_id: str, *, on_event: Callable[[Event], None] | None = None, timeout: float = 600
-    ) -> Result:
+    def wait(self, prompt_id: str, *, on_event: Callable[[Event], None] | None = None, timeout: float = 600) -> Result:
         """Wait for a queued prompt; `on_event` is called in this thread and may call interrupt().
 
         Raises NodeFailed, Interrupted, TimeoutError or ServerFailed.

@@ -38,9 +38,7 @@ def load_workflow(path: Path) -> Workflow:
         raise WorkflowError(f"{path} is no API-format workflow: expected an object of nodes by their ids")
     for node_id, node in content.items():
         if not isinstance(node, dict) or "class_type" not in node or not isinstance(node.get("inputs"), dict):
-            raise WorkflowError(
-                f"{path} is no API-format workflow: node {node_id} has no class_type and inputs"
-            )
+            raise WorkflowError(f"{path} is no API-format workflow: node {node_id} has no class_type and inputs")
     return content
 
 
@@ -84,9 +82,7 @@ def set_input(workflow: Workflow, assignment: str) -> None:
     node = _find_node(workflow, node_name)
     if input_name not in node["inputs"]:
         known = ", ".join(sorted(node["inputs"])) or "none"
-        raise WorkflowError(
-            f"node {node_name} ({node['class_type']}) has no input {input_name}; it has: {known}"
-        )
+        raise WorkflowError(f"node {node_name} ({node['class_type']}) has no input {input_name}; it has: {known}")
     try:
         node["inputs"][input_name] = json.loads(text)
     except ValueError:

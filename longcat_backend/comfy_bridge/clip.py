@@ -77,9 +77,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.sd.CLIP:
     """
     tokenizer = load_tokenizer(checkpoint)
     model = EncoderModel(load_text_encoder(checkpoint, tokenizer, dtype))
-    target = comfy.supported_models_base.ClipTarget(
-        tokenizer=lambda **_: Tokenizer(tokenizer), clip=lambda **_: model
-    )
+    target = comfy.supported_models_base.ClipTarget(tokenizer=lambda **_: Tokenizer(tokenizer), clip=lambda **_: model)
     return comfy.sd.CLIP(target, model_options={"dtype": dtype})
 
 

@@ -34,9 +34,7 @@ class Guidance:
         if args["cond_scale"] <= 1 or not self.active(args["sigma"]):
             return cond
         sigma = args["sigma"].reshape(-1, *[1] * (cond.ndim - 1))
-        velocity = flow.guide(
-            cond / sigma, args["uncond"] / sigma, args["cond_scale"], self.renorm, self.renorm_min
-        )
+        velocity = flow.guide(cond / sigma, args["uncond"] / sigma, args["cond_scale"], self.renorm, self.renorm_min)
         return velocity * sigma
 
     def skip_unguided(

@@ -53,8 +53,6 @@ def as_model_latent(model: comfy.model_patcher.ModelPatcher, latent: dict[str, A
     """
     samples: torch.Tensor = latent["samples"]
     if not samples.is_nested and samples.ndim == 4 and samples.numel():
-        samples = comfy.sample.fix_empty_latent_channels(
-            model, samples, latent.get("downscale_ratio_spacial")
-        )
+        samples = comfy.sample.fix_empty_latent_channels(model, samples, latent.get("downscale_ratio_spacial"))
     latents.check_unpacked(samples)
     return samples

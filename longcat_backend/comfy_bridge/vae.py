@@ -27,9 +27,7 @@ def load(checkpoint: Checkpoint) -> comfy.sd.VAE:
     audit("vae", vae_shapes(config), checkpoint.shapes("vae"))
     weights = checkpoint.weights("vae")
     converted = comfy.diffusers_convert.convert_vae_state_dict(weights)
-    vae = comfy.sd.VAE(
-        sd={**_identity_convolutions(config, converted), **converted}, config=class_config(config)
-    )
+    vae = comfy.sd.VAE(sd={**_identity_convolutions(config, converted), **converted}, config=class_config(config))
     vae.latent_channels = config["latent_channels"]
     setattr(vae, _SCALING, {key: config[key] for key in DEFAULT_SCALING})
     return vae
@@ -64,9 +62,7 @@ def class_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"params": {"ddconfig": ddconfig, "embed_dim": config["latent_channels"]}}
 
 
-def _identity_convolutions(
-    config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _identity_convolutions(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """ComfyUI's configurable class always has these two 1×1 convolutions; as identities they change no bit."""
     dtype = next(iter(weights.values())).dtype
     channels = config["latent_channels"]

@@ -18,9 +18,7 @@ MakeServer = Callable[..., ComfyServer]
 
 
 @pytest.fixture(scope="session")
-def make_server(
-    comfy_dir: Path, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[MakeServer]:
+def make_server(comfy_dir: Path, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeServer]:
     """Start private servers, `make_server(args=[...], env={...}, base_dir=...)`, stopped with the session."""
     started: list[ComfyServer] = []
 

@@ -4,9 +4,10 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from safetensors.torch import load
+
 from longcat_pack.tools.host import ComfyServer
 from longcat_pack.tools.results import Result
-from safetensors.torch import load
 
 Graph = dict[str, dict[str, Any]]
 PREVIEWS = {"preview_method": "latent2rgb"}

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longcat_pack.tools.host import ComfyServer
-from longcat_pack.tools.results import Event, Interrupted
 from PIL import Image
 
 from host import graphs
+from longcat_pack.tools.host import ComfyServer
+from longcat_pack.tools.results import Event, Interrupted
 
 Load = Callable[[str], dict[str, Any]]
 ENGINES = ["core", "diffusers"]
@@ -50,9 +50,7 @@ def test_ksampler_with_guidance_and_flux_shift_is_the_official_schedule(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_noise_mask_changes_the_inside_and_keeps_the_outside(
-    server: ComfyServer, graph: Any, engine: str
-) -> None:
+def test_a_noise_mask_changes_the_inside_and_keeps_the_outside(server: ComfyServer, graph: Any, engine: str) -> None:
     graph = graphs.from_picture(graphs.changed(graph, **{"1.engine": engine}), RED)
     graph["outside"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 128, "height": 128}}
     graph["inside"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 128}}
@@ -126,9 +124,7 @@ def test_progress_and_previews_arrive_while_sampling(server: ComfyServer, graph:
         assert image.width == image.height  # as the picture; ComfyUI enlarges it
 
 
-def test_interrupt_ends_the_run_within_a_step_and_the_next_prompt_runs(
-    server: ComfyServer, graph: Any
-) -> None:
+def test_interrupt_ends_the_run_within_a_step_and_the_next_prompt_runs(server: ComfyServer, graph: Any) -> None:
     slow = graphs.changed(graph, **{"4.size.width": 384, "4.size.height": 384, "5.steps": 100, "5.seed": 102})
     first = server.queue(slow)
     following = server.queue(graphs.changed(graph, **{"5.seed": 103}))

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from longcat_pack.tools.host import ComfyServer
 from PIL import Image
-from scoring.scenes import Scene, held_out_prompts
-from scoring.score import score_image, summarise
 
 from host import graphs
+from longcat_pack.tools.host import ComfyServer
+from scoring.scenes import Scene, held_out_prompts
+from scoring.score import score_image, summarise
 
 # Of the 200 held-out prompts that benchmarks/score_tiny.py draws, every fifth: 20 Chinese and 20 English ones.
 PROMPTS = held_out_prompts()[::5]

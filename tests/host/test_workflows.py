@@ -1,4 +1,4 @@
-"""The workflows that users drag in: complete, the same as their API twins, and restored from a saved picture."""
+"""The workflows that users drag in: complete, equal to their API twins, and restored from a saved picture."""
 
 import io
 import json
@@ -10,10 +10,11 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import ui_workflow
+from PIL import Image
+
 from longcat_pack.tools.environment import PACK_NAME
 from longcat_pack.tools.host import ComfyServer
 from longcat_pack.tools.results import Result
-from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -106,9 +107,7 @@ def test_dragging_the_saved_picture_in_gives_the_same_picture(
     other_server: ComfyServer,
     api_workflow: Callable[[str], dict[str, Any]],
 ) -> None:
-    first = saved_picture(
-        server, server.run(api_workflow(name), extra_data={"extra_pnginfo": {"workflow": workflow}})
-    )
+    first = saved_picture(server, server.run(api_workflow(name), extra_data={"extra_pnginfo": {"workflow": workflow}}))
 
     embedded = json.loads(first.info["workflow"])
     assert embedded == workflow

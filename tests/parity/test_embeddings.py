@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from longcat_pack.longcat_backend import prompts
 from safetensors import safe_open
+
+from longcat_pack.longcat_backend import prompts
 
 FIXTURE = Path(__file__).with_name("reference_embeddings.safetensors")
 TOLERANCE = 1e-5

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from longcat_pack.longcat_backend import latents
 from longcat_pack.longcat_backend.comfy_bridge import clip as clip_bridge
 from longcat_pack.longcat_backend.comfy_bridge import guidance, sampling
 from longcat_pack.longcat_backend.comfy_bridge import vae as vae_bridge
-
 from parity import reference as ref
 
 PROMPT = "a small yellow circle at the top on a purple background"
@@ -23,10 +23,8 @@ LATENT_TOLERANCE = 1e-4
 PIXEL_TOLERANCE = 1e-3
 
 
-@functools.lru_cache(maxsize=None)
-def reference_latents(
-    pipe: Any, size: tuple[int, int], scale: float, renorm: bool, batch: int
-) -> torch.Tensor:
+@functools.cache
+def reference_latents(pipe: Any, size: tuple[int, int], scale: float, renorm: bool, batch: int) -> torch.Tensor:
     width, height = size
     return ref.draw(
         pipe,

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from longcat_pack.longcat_backend import latents
 from longcat_pack.longcat_backend.comfy_bridge import clip as clip_bridge
 from longcat_pack.longcat_backend.comfy_bridge import loading, sampling
-
 from parity import reference as ref
 
 STEPS = 5
@@ -36,9 +36,7 @@ def test_sinusoids_equal_the_pipelines(engine: str, loaded: Any, expected: torch
     model, _, _ = loading.load("LongCat-Tiny", engine, "bf16", "fp32")
     model.model.manual_cast_dtype = None  # ComfyUI would compute in fp32 on a CPU
     network = model.model.diffusion_model
-    embedder = (
-        network.time_in if engine == "core" else network.velocity.transformer.time_embed.timestep_embedder
-    )
+    embedder = network.time_in if engine == "core" else network.velocity.transformer.time_embed.timestep_embedder
     seen: list[torch.Tensor] = []
     collect(embedder, seen)
     conditioning, _ = clip_bridge.encode(clip, "红圆")

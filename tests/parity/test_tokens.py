@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import LongCatImagePipeline
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation
+
 from longcat_pack.longcat_backend import prompts
 
 # Every kind of text next to every kind of quotation.

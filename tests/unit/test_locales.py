@@ -79,9 +79,7 @@ def test_english_is_what_the_nodes_themselves_say(schemas: dict[str, Any], texts
                 node,
                 key,
             )
-        for index, (name, tooltip) in enumerate(
-            zip(schema["output_name"], schema["output_tooltips"], strict=True)
-        ):
+        for index, (name, tooltip) in enumerate(zip(schema["output_name"], schema["output_tooltips"], strict=True)):
             entry = text["outputs"][str(index)]
             assert entry["name"] == name
             assert tooltip in (None, entry["tooltip"]), (node, name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation
+
 from longcat_pack.longcat_backend import prompts
 
 ALPHABET = "ab' \"‘’“”「」红圆\n🐱\u0301tI" + "\0$#"

@@ -1,5 +1,6 @@
 """Qwen2.5-VL as LongCat-Image's text encoder: the decoder layers only, at the official positions."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -86,6 +87,22 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             "该分词器没有填充词元，不是 LongCat-Image 的分词器。请重新下载“tokenizer”。",
         )
     return tokenizer
+
+
+def check_characters(prompt: str) -> None:
+    """Refuse a prompt that cannot be written as UTF-8, which tokenizers need.
+
+    Raises:
+        LongCatError: it holds half of a surrogate pair.
+    """
+    half = re.search("[\ud800-\udfff]", prompt)
+    if half:
+        place, code = half.start() + 1, f"U+{ord(half.group()):04X}"
+        raise LongCatError(
+            f"Character {place} of the prompt is half of one ({code}): an emoji or a rare character was cut in "
+            "two. Put the whole character there, or take the half away.",
+            f"提示词的第 {place} 个字符只有一半（{code}）：某个表情符号或生僻字被截断。请补全该字符或将其删除。",
+        )
 
 
 def load_text_encoder(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> TextEncoder:

@@ -11,7 +11,7 @@ from torch import nn
 from .. import prompts
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
-from ..text_encoder import TextEncoder, load_text_encoder, load_tokenizer
+from ..text_encoder import TextEncoder, check_characters, load_text_encoder, load_tokenizer
 
 # The key under which ComfyUI's own LongCat encoder hands over its tokens.
 _KEY = "qwen25_7b"
@@ -24,7 +24,12 @@ class Tokenizer:
         self.tokenizer = tokenizer
 
     def inspect(self, text: str) -> prompts.PromptTokens:
-        """Tokens of a prompt with what happened on the way."""
+        """Tokens of a prompt with what happened on the way.
+
+        Raises:
+            LongCatError: see :func:`text_encoder.check_characters`.
+        """
+        check_characters(text)
         return prompts.tokenize(self.tokenizer, text)
 
     def tokenize_with_weights(

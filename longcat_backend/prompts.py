@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import LongCatError
-
 MAX_TOKENS = 512
 QUOTE_PAIRS = (("'", "'"), ('"', '"'), ("‘", "’"), ("“", "”"))
 TEXT_TO_IMAGE_PREFIX = (
@@ -19,7 +17,6 @@ TEXT_TO_IMAGE_PREFIX = (
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 
 _QUOTED = re.compile("|".join(f"{re.escape(a)}[^{re.escape(a + b)}]*?{re.escape(b)}" for a, b in QUOTE_PAIRS))
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # Starts only where a word does: else a run of n letters takes n² steps.
 _CONTRACTION = re.compile(r"(?<![a-zA-Z])[a-zA-Z]+'[a-zA-Z]+")
 
@@ -70,11 +67,7 @@ def tokenize(tokenizer: Callable[..., Any], prompt: str) -> PromptTokens:
 
     Args:
         tokenizer: the checkpoint's Qwen2 tokenizer.
-
-    Raises:
-        LongCatError: the prompt holds half of a character.
     """
-    _check_characters(prompt)
     ids: list[int] = []
     parts = split_quoted(prompt)
     for part, is_quoted in parts:
@@ -83,17 +76,6 @@ def tokenize(tokenizer: Callable[..., Any], prompt: str) -> PromptTokens:
     cut = tokenizer.decode(ids[MAX_TOKENS:]) if len(ids) > MAX_TOKENS else ""  # type: ignore[attr-defined]
     quoted = tuple(part for part, is_quoted in parts if is_quoted)
     return PromptTokens(tuple(ids[:MAX_TOKENS]), len(ids), quoted, cut)
-
-
-def _check_characters(prompt: str) -> None:
-    half = _HALF_CHARACTER.search(prompt)
-    if half:
-        place, code = half.start() + 1, f"U+{ord(half.group()):04X}"
-        raise LongCatError(
-            f"Character {place} of the prompt is half of one ({code}), so an emoji or a rare character was cut in two. "
-            "Put the whole character there, or take the half away.",
-            f"提示词的第 {place} 个字符只有一半（{code}）：某个表情符号或生僻字被截断。请补全该字符或将其删除。",
-        )
 
 
 def token_ids(tokenizer: Callable[..., Any], text: str) -> Sequence[int]:

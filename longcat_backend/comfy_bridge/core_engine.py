@@ -1,6 +1,6 @@
 """Engine "core": official weights in ComfyUI's own LongCat class, with native memory management and patches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.model_detection
@@ -11,7 +11,8 @@ import comfy.supported_models
 import torch
 
 from .. import flow, transformer
-from ..checkpoints import Checkpoint, audit, shapes
+from ..checkpoints import Checkpoint
+from ..errors import LongCatError
 from . import formats
 
 
@@ -19,7 +20,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.model_patcher.Mode
     """ComfyUI's LongCat class with the checkpoint's weights, as a MODEL.
 
     Raises:
-        LongCatError: see :func:`transformer.audited_weights`.
+        LongCatError: see :func:`transformer.audited_weights`; or ComfyUI's class wants other weights.
     """
     weights = convert(transformer.audited_weights(checkpoint))
     device = comfy.model_management.get_torch_device()
@@ -30,11 +31,10 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.model_patcher.Mode
     formats.configure(config, checkpoint)
     model = config.get_model(weights, "")
     patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload)
-    network = model.diffusion_model
-    names = {key: value.shape for key, value in network.state_dict().items() if value is not None}
-    audit("transformer", names or shapes(weights), shapes(weights))
     cast_weights = {key: value.to(dtype) for key, value in weights.items()}
-    network.load_state_dict(cast_weights, strict=True, assign=patcher.is_dynamic())
+    # With dynamic VRAM the class has no weights before they are loaded, so only loading tells what does not fit.
+    misfits = model.diffusion_model.load_state_dict(cast_weights, strict=False, assign=patcher.is_dynamic())
+    _require_fit(misfits.missing_keys, misfits.unexpected_keys)
     patcher.add_wrapper_with_key(
         comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "longcat_timestep", _round_timestep
     )
@@ -79,6 +79,17 @@ def class_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "guidance_embed": False,
         "txt_ids_dims": [1, 2],
     }
+
+
+def _require_fit(missing: Sequence[str], unknown: Sequence[str]) -> None:
+    """ComfyUI itself would log the difference and go on with random weights."""
+    if missing or unknown:
+        raise LongCatError(
+            f"The weights do not fit this ComfyUI's LongCat class: {len(missing)} missing {missing[:3]}, "
+            f"{len(unknown)} unknown {unknown[:3]}. Update the pack, or set the engine of LongCatLoader to diffusers.",
+            f"权重与当前 ComfyUI 的 LongCat 类不匹配：缺少 {len(missing)} 个 {missing[:3]}，"
+            f"多余 {len(unknown)} 个 {unknown[:3]}。请更新本节点包，或把 LongCatLoader 的引擎设为 diffusers。",
+        )
 
 
 def _round_timestep(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

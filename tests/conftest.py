@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 ALIAS = "longcat_pack"
 
+# Before torch is imported, and for the servers as well: on a small model several threads gain nothing, and on
+# a machine that is busy otherwise they wait for each other up to ten times as long as the work takes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def _load_pack() -> None:
     """Import the repository as the package `longcat_pack`, by file location, once."""

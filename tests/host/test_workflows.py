@@ -1,4 +1,4 @@
-"""The workflows that users drag in: complete, equal to their API twins, and restored from a saved picture."""
+"""The workflows that users drag in: complete, equal to their API twins, and kept in a saved picture."""
 
 import io
 import json

@@ -38,9 +38,7 @@ def skeleton(text: str) -> dict[str, list[object]]:
     return {
         "headings": re.findall(r"^#+(?= )", text, re.MULTILINE),
         "rows": [line.count("|") for line in text.splitlines() if line.startswith("|")],
-        "commands": [
-            block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "longcat_backend/" not in block
-        ],
+        "commands": [block for block in blocks if "longcat_backend/" not in block],
         "links": sorted(set(re.findall(r"\]\((https?://[^)]+|[\w./]+\.json)\)", text))),
         "numbers": sorted(re.findall(r"\b(?:\d+e-\d+|\d+\.\d+)\b", text)),
     }

@@ -129,6 +129,13 @@ def _rejection(error: Json | str, node_errors: Json) -> str:
         lines = [": ".join(str(error[key]) for key in ("message", "details") if error.get(key))]
     for node_id, entry in node_errors.items():
         for problem in entry.get("errors", []):
-            words = ": ".join(str(problem[key]) for key in ("message", "details") if problem.get(key))
-            lines.append(f"node {node_id} ({entry.get('class_type', '?')}): {words}")
-    return "\n".join(lines)
+            lines.append(f"node {node_id} ({entry.get('class_type', '?')}): {_problem(problem)}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _problem(problem: Json) -> str:
+    details = str(problem.get("details") or "")
+    if problem.get("type") == "custom_validation_failed" and " - " in details:
+        # The node's own sentence, which ComfyUI repeats for every input that the node looks at.
+        return details.partition(" - ")[2]
+    return ": ".join(text for text in (str(problem.get("message") or ""), details) if text)

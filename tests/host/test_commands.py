@@ -306,6 +306,12 @@ class TestServer:
             server.queue(workflow.edited(FLAT, assignments=["1.width=-5"]))
         assert set(caught.value.node_errors) == {"1"}
 
+    def test_a_nodes_own_refusal_is_said_once(self):
+        problem = {"type": "custom_validation_failed", "message": "Custom validation failed for node"}
+        errors = [{**problem, "details": f"{name} - too wide - by 7"} for name in ("width", "height")]
+        refused = PromptRejected({"message": "refused"}, {"4": {"class_type": "Size", "errors": errors}})
+        assert str(refused) == "refused\nnode 4 (Size): too wide - by 7"
+
     def test_an_output_that_would_be_dropped_refuses_the_whole(self, server):
         nodes = {**FLAT, "3": {"class_type": "SaveImage", "inputs": {"filename_prefix": "no images"}}}
         with pytest.raises(PromptRejected, match="node 3"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from longcat_pack.longcat_backend import prompts
+from longcat_pack.longcat_backend import prompts, text_encoder
 
 FIXTURE = Path(__file__).with_name("reference_embeddings.safetensors")
 TOLERANCE = 1e-5
@@ -44,14 +44,13 @@ def test_the_reference_pipeline_of_the_parity_tests_is_official_too(reference: A
         assert relative_error(embeddings, official(index)) <= TOLERANCE
 
 
-def test_positions_matter_for_the_padding(folder: Path) -> None:
-    """Today's diffusers alone is not the reference: without official positions the padding is another."""
-    from diffusers import LongCatImagePipeline
-
-    plain = LongCatImagePipeline.from_pretrained(folder, local_files_only=True)
-    with torch.no_grad():
-        embeddings = plain._encode_prompt([fixture_prompts()[1]])[0]
-    real = len(prompts.tokenize(plain.tokenizer, fixture_prompts()[1]).ids)
+def test_positions_matter_for_the_padding(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on after the prompt, as later transformers do, the padding gets another embedding."""
+    _, clip, _ = loaded("core")
+    tokens = clip.tokenizer.inspect(fixture_prompts()[1])
+    real = len(tokens.ids)
+    monkeypatch.setattr(text_encoder, "_PAD_POSITION", len(clip.cond_stage_model.encoder.prefix) + real)
+    embeddings = clip.cond_stage_model.encoder.encode(tokens.ids)[0]
     assert relative_error(embeddings[:real], official(1)[:real]) <= TOLERANCE
     assert relative_error(embeddings[real:], official(1)[real:]) > 0.01
 

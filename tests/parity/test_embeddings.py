@@ -52,7 +52,7 @@ def test_positions_matter_for_the_padding(loaded: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(text_encoder, "_PAD_POSITION", len(clip.cond_stage_model.encoder.prefix) + real)
     embeddings = clip.cond_stage_model.encoder.encode(tokens.ids)[0]
     assert relative_error(embeddings[:real], official(1)[:real]) <= TOLERANCE
-    assert relative_error(embeddings[real:], official(1)[real:]) > 0.01
+    assert relative_error(embeddings[real:], official(1)[real:]) > 100 * TOLERANCE
 
 
 def test_padding_is_one_embedding_and_fills_all_512_slots(loaded: Any) -> None:

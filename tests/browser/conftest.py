@@ -62,9 +62,9 @@ def server(comfy_dir: Path, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless Chromium."""
+    """A headless Chromium; while it is open, playwright keeps an event loop running in this thread."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -4,6 +4,7 @@ Every weight that is read is audited against the shapes its own config asks for,
 diffusers both only log a missing key and go on with random weights (DESIGN.md trap 6).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,10 +111,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def fingerprint(folder: Path) -> str:
-    """A text that changes when any file of the checkpoint does (size or time of change)."""
+    """A hash that changes when any file of the checkpoint does (name, size or time of change).
+
+    ComfyUI notes it in saved pictures, so it tells nothing about the machine.
+    """
     parts = [folder, *(folder / part for part in (*COMPONENTS, "tokenizer"))]
     files = sorted(path for part in parts for path in part.glob("*") if path.is_file())
-    return "\n".join(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
+    lines = [f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def build(component: str, factory: Callable[[], _T]) -> _T:

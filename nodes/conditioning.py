@@ -32,7 +32,7 @@ class LongCatTextEncode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(),
+                io.Conditioning.Output(tooltip="The encoded prompt."),
                 io.String.Output(
                     "report", display_name="report", tooltip="Token count, quoted text and what was cut off."
                 ),

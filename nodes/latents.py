@@ -50,7 +50,7 @@ class LongCatEmptyLatent(io.ComfyNode):
                     tooltip="How many pictures to draw at once.",
                 ),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="The empty canvas.")],
         )
 
     @classmethod
@@ -101,7 +101,7 @@ class LongCatDecode(io.ComfyNode):
                 io.Int.Input("width", **side, tooltip=tip.format("width")),
                 io.Int.Input("height", **side, tooltip=tip.format("height")),
             ],
-            outputs=[io.Image.Output()],
+            outputs=[io.Image.Output(tooltip="The pictures.")],
         )
 
     @classmethod

@@ -50,7 +50,11 @@ class LongCatLoader(io.ComfyNode):
                 ),
                 _precision_input("text_encoder_precision", "text encoder"),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="The transformer, for every node that takes a MODEL."),
+                io.Clip.Output(tooltip="The text encoder and tokenizer."),
+                io.Vae.Output(tooltip="Turns pictures into latents and back."),
+            ],
         )
 
     @classmethod

@@ -73,7 +73,7 @@ class LongCatSchedule(io.ComfyNode):
                 _steps_input(),
                 _denoise_input(),
             ],
-            outputs=[io.Sigmas.Output()],
+            outputs=[io.Sigmas.Output(tooltip="The noise levels from the first step to the last.")],
         )
 
     @classmethod
@@ -123,7 +123,7 @@ class LongCatGuidance(io.ComfyNode):
                     tooltip="Where in the schedule guidance ends; after it the unconditional pass is saved.",
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The model with its guidance, for a sampler.")],
         )
 
     @classmethod
@@ -172,7 +172,7 @@ class LongCatSampler(io.ComfyNode):
                 *_renorm_inputs(),
                 _denoise_input(),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="The sampled latent, to be decoded.")],
         )
 
     @classmethod

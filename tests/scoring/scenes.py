@@ -28,7 +28,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "black": (20, 20, 20),
 }
-RADII = {"small": 0.16, "large": 0.26}  # circumscribed radius, in image widths
+RADII = {"small": 0.18, "large": 0.28}  # circumscribed radius, in image widths
 PLACES = {  # offset of the shape's centre from the picture's centre, in image widths, y down
     "centre": (0.0, 0.0),
     "left": (-0.22, 0.0),
@@ -260,9 +260,7 @@ def caption(scene: Scene, language: str, rng: random.Random) -> str:
     table = WORDS[language]
     words = {name: rng.choice(table[name][getattr(scene, name)]) for name in ATTRIBUTES}
     text = rng.choice(TEMPLATES[language]).format(**words)
-    return (
-        text.replace("a orange", "an orange").replace("A orange", "An orange") if language == "en" else text
-    )
+    return text.replace("a orange", "an orange").replace("A orange", "An orange") if language == "en" else text
 
 
 def vocabulary() -> list[str]:
@@ -287,9 +285,7 @@ def held_out_prompts(count_zh: int = 100, count_en: int = 100) -> list[tuple[str
     pairs: list[tuple[str, Scene]] = []
     for language, count in (("zh", count_zh), ("en", count_en)):
         if count > len(scenes):
-            raise ValueError(
-                f"asked for {count} held-out prompts ({language}); there are {len(scenes)} combinations"
-            )
+            raise ValueError(f"asked for {count} held-out prompts ({language}); there are {len(scenes)} combinations")
         rng = random.Random(f"held-out prompts, {language}")
         pairs.extend((caption(scene, language, rng), scene) for scene in rng.sample(scenes, count))
     return pairs

@@ -9,7 +9,7 @@ from itertools import product
 
 import numpy as np
 
-from tests.scoring.scenes import ATTRIBUTES, IMAGE_SIZE, PALETTE, PLACES, RADII, SHAPES, Scene, shape_mask
+from .scenes import ATTRIBUTES, IMAGE_SIZE, PALETTE, PLACES, RADII, SHAPES, Scene, shape_mask
 
 MAX_COLOUR_DISTANCE = 60.0  # RGB units; two palette colours are never closer than 1.5 times this
 MIN_CONTRAST = 50.0  # RGB units between shape and background, below which there is no shape
@@ -64,9 +64,7 @@ def _as_pixels(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint8:
         return image.astype(np.float64)
     if not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
-        raise ValueError(
-            "expected uint8 in 0..255 or float in 0..1, got float values outside 0..1 or not finite"
-        )
+        raise ValueError("expected uint8 in 0..255 or float in 0..1, got float values outside 0..1 or not finite")
     return image.astype(np.float64) * 255
 
 

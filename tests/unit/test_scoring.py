@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tests.scoring import scenes
-from tests.scoring.score import MAX_COLOUR_DISTANCE, detect, score_image, summarise
+from scoring import scenes
+from scoring.score import MAX_COLOUR_DISTANCE, detect, score_image, summarise
 
 EVERY = {*scenes.ATTRIBUTES, "all"}
 

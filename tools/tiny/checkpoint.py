@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +31,10 @@ SPECIAL_TOKENS = (
     *(f"<|{name}_pad|>" for name in ("vision", "image", "video")),
 )
 SINGLE_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789一二三四五六七八九十“”‘’"
-EXTRA_WORDS = "写 着 字 字母 数字 把 改成 换成 变成 颜色 形状 the letter the number change make to into says turn".split()
+EXTRA_WORDS = (
+    *"写 着 字 字母 数字 把 改成 换成 变成 颜色 形状".split(),
+    *"the letter number change make to into says turn".split(),
+)
 TEMPLATES = (
     "system user assistant You are a helpful assistant.",
     "As an image captioning expert, generate a descriptive text prompt based on an image content, suitable for "
@@ -53,16 +55,6 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{ part.text }}{%- endif -%}{%- endfor -%}{%- endif -%}<|im_end|>\n{% endfor -%}"
     "{%- if add_generation_prompt -%}<|im_start|>assistant\n{% endif -%}"
 )
-
-
-@dataclass
-class TinyModels:
-    """The three networks and the tokenizer, as the official pipeline holds them."""
-
-    tokenizer: Qwen2Tokenizer
-    text_encoder: Qwen2_5_VLForConditionalGeneration
-    transformer: LongCatImageTransformer2DModel
-    vae: AutoencoderKL
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -201,13 +193,6 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-def build_models(seed: int) -> TinyModels:
-    """All networks, randomly initialised from `seed`, fp32 on the CPU."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    return TinyModels(tokenizer, build_text_encoder(tokenizer), build_transformer(), build_vae())
-
-
 def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     """The processor of the text encoder, with Qwen's picture sizes and a chat template."""
     return Qwen2VLProcessor(
@@ -218,30 +203,37 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     )
 
 
-def save_folder(built: TinyModels, folder: Path) -> None:
-    """Write the official layout: transformer and VAE in bf16, text encoder in fp32 (transformers loads it as stored)."""
-    pipeline = LongCatImagePipeline(
+def build_pipeline(seed: int) -> LongCatImagePipeline:
+    """The official pipeline over randomly initialised tiny networks, fp32 on the CPU."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    return LongCatImagePipeline(
         scheduler=build_scheduler(),
-        vae=built.vae.to(torch.bfloat16),
-        text_encoder=built.text_encoder.to(torch.float32),
-        tokenizer=built.tokenizer,
-        text_processor=build_processor(built.tokenizer),
-        transformer=built.transformer.to(torch.bfloat16),
+        vae=build_vae(),
+        text_encoder=build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_processor=build_processor(tokenizer),
+        transformer=build_transformer(),
     )
+
+
+def save_pipeline(pipeline: LongCatImagePipeline, folder: Path) -> None:
+    """Write the official layout, transformer and VAE in bf16.
+
+    The text encoder stays fp32: transformers loads it in the precision it was stored in, diffusers in fp32.
+    Casts the networks of `pipeline` in place.
+    """
+    pipeline.transformer.to(torch.bfloat16)
+    pipeline.vae.to(torch.bfloat16)
     pipeline.save_pretrained(folder)
     # transformers 4 reads these instead of tokenizer.json and processor_config.json
-    built.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-    built.tokenizer.backend_tokenizer.model.save(str(folder / "text_processor"))
+    for part in ("tokenizer", "text_processor"):
+        pipeline.tokenizer.backend_tokenizer.model.save(str(folder / part))
     pipeline.text_processor.image_processor.save_pretrained(folder / "text_processor")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
 
 
-def load_folder(folder: Path) -> TinyModels:
-    """Read a folder that `save_folder` wrote, every network in fp32 on the CPU."""
-    return TinyModels(
-        Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
-        Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-        LongCatImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
-        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-    )
+def load_pipeline(folder: Path) -> LongCatImagePipeline:
+    """Read a folder that `save_pipeline` wrote, every network in fp32 on the CPU."""
+    return LongCatImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)

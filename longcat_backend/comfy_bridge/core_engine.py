@@ -51,6 +51,8 @@ def convert(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         f"time_text_embed.{key.removeprefix('time_embed.')}" if key.startswith("time_embed.") else key: value
         for key, value in weights.items()
     }
+    for key in ("norm_out.linear.weight", "norm_out.linear.bias"):
+        renamed[key] = renamed[key].clone()  # core writes the swapped halves into the tensor it is given
     converted: dict[str, torch.Tensor] = comfy.model_detection.convert_diffusers_mmdit(renamed, "")
     return converted
 

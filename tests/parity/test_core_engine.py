@@ -53,7 +53,7 @@ def test_a_key_that_the_class_lacks_or_wants_is_an_error(
 
 
 def test_the_halves_of_the_last_modulation_are_swapped(checkpoint: Any) -> None:
-    official = transformer.audited_weights(checkpoint)["norm_out.linear.weight"]
-    converted = core_engine.convert(transformer.audited_weights(checkpoint))["final_layer.adaLN_modulation.1.weight"]
-    scale, shift = official.chunk(2)
-    assert torch.equal(converted, torch.cat([shift, scale]))
+    official = transformer.audited_weights(checkpoint)
+    converted = core_engine.convert(official)
+    scale, shift = official["norm_out.linear.weight"].chunk(2)
+    assert torch.equal(converted["final_layer.adaLN_modulation.1.weight"], torch.cat([shift, scale]))

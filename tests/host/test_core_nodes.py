@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from host import graphs
 from longcat_pack.tools.host import ComfyServer
@@ -159,3 +160,26 @@ def test_every_precision_draws(server: ComfyServer, graph: Any, engine: str) -> 
         drawn = picture(server, graphs.changed(graph, **settings))
         assert not np.array_equal(drawn, exact)  # the precision took
         assert np.abs(drawn.astype(int) - exact.astype(int)).mean() <= 8
+
+
+def test_cores_lora_loader_applies_to_the_core_engine(server: ComfyServer, graph: Any) -> None:
+    torch.manual_seed(0)
+    lora = {}
+    for name in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"):
+        rows = 128 if name.endswith("to_q") else 512
+        lora[f"transformer.{name}.lora_A.weight"] = torch.randn(4, 128)
+        lora[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 4)
+    folder = server.base_dir / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test.safetensors").write_bytes(save(lora))
+    graph = graphs.changed(graph, **{"1.engine": "core"})
+    plain = graphs.saved_latent(server, graph, "5")
+    graph["lora"] = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["1", 0], "lora_name": "test.safetensors", "strength_model": 0.0},
+    }
+    graph["5"]["inputs"]["model"] = ["lora", 0]
+    assert torch.equal(graphs.saved_latent(server, graph, "5"), plain)
+    changed = graphs.saved_latent(server, graphs.changed(graph, **{"lora.strength_model": 0.2}), "5")
+    assert (changed - plain).norm() / plain.norm() > 0.01
+    assert "lora key not loaded" not in server.log_text()

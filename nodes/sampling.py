@@ -195,7 +195,7 @@ class LongCatSampler(io.ComfyNode):
         denoise: float,
     ) -> io.NodeOutput:
         """Patch, schedule, sample."""
-        patched = guidance_bridge.patch(model, renorm, renorm_min)
+        patched = guidance_bridge.patch_renorm(model, renorm, renorm_min)
         sigmas = sampling.schedule(patched, latent, steps, denoise)
         return io.NodeOutput(sampling.sample(patched, positive, negative, latent, sigmas, guidance, seed))
 

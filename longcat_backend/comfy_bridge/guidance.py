@@ -1,6 +1,6 @@
 """LongCat's guidance as a patch on a MODEL, for every sampler of the host."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_patcher
@@ -60,9 +60,26 @@ def patch(
     """
     formats.scheduler_config(model)
     sampling = model.get_model_object("model_sampling")
-    guidance = Guidance(
-        renorm, renorm_min, sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
-    )
+    start, end = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
+    return _with_guidance(model, Guidance(renorm, renorm_min, start, end))
+
+
+def patch_renorm(
+    model: comfy.model_patcher.ModelPatcher, renorm: bool, renorm_min: float
+) -> comfy.model_patcher.ModelPatcher:
+    """As :func:`patch`, but the guidance interval of an earlier patch stays.
+
+    Raises:
+        LongCatError: the MODEL is no LongCat-Image.
+    """
+    patched = patch(model, renorm, renorm_min)
+    earlier = model.model_options.get("sampler_cfg_function")
+    if not isinstance(earlier, Guidance):
+        return patched
+    return _with_guidance(model, replace(earlier, renorm=renorm, renorm_min=renorm_min))
+
+
+def _with_guidance(model: comfy.model_patcher.ModelPatcher, guidance: Guidance) -> comfy.model_patcher.ModelPatcher:
     patched = model.clone()
     patched.set_model_sampler_cfg_function(guidance)
     wrapper = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH

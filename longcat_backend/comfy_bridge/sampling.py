@@ -35,12 +35,14 @@ def sample(
 ) -> dict[str, Any]:
     """Euler steps from noise of ``seed`` along ``sigmas``; honours the latent's noise mask and batch.
 
+    A guidance below 1 is off like 1, with which ComfyUI saves the unconditional pass.
+
     Raises:
         LongCatError: the latent holds NaN or infinity.
     """
     latents.check_finite(latent["samples"])
     euler = comfy.samplers.sampler_object("euler")
-    output = SamplerCustom.execute(model, True, seed, guidance, positive, negative, euler, sigmas, latent)
+    output = SamplerCustom.execute(model, True, seed, max(guidance, 1.0), positive, negative, euler, sigmas, latent)
     result: dict[str, Any] = output.args[0]
     return result
 

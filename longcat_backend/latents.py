@@ -15,7 +15,7 @@ PACKED_CHANNELS = CHANNELS * PATCH * PATCH
 LARGEST_SIDE = 4096
 LARGEST_BATCH = 64
 
-# The buckets of the official training at about one megapixel (height x width transposed for portrait).
+# Width and height: buckets of the official training at about one megapixel; the ratios are the nearest usual ones.
 ASPECTS = {
     "1:1 (1024x1024)": (1024, 1024),
     "16:9 (1344x768)": (1344, 768),
@@ -87,7 +87,7 @@ def check_finite(samples: torch.Tensor) -> None:
         raise LongCatError(
             f"The latent holds {bad} values that are NaN or infinite. The node that made it failed: encode the image "
             "again, or use a precision with more range (bf16 or fp32 in place of fp16).",
-            f"潜空间张量中有 {bad} 个 NaN 或无穷大。生成它的节点出错了：请重新编码图像，"
+            f"潜变量中有 {bad} 个 NaN 或无穷大。生成它的节点出错了：请重新编码图像，"
             "或使用范围更大的精度（用 bf16 或 fp32 代替 fp16）。",
         )
 

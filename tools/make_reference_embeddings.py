@@ -58,7 +58,7 @@ def _name_in_4(key: str) -> str:
 
 
 def main() -> None:
-    """Encode the prompts as the pipeline does and save what differs between prompts: text and one pad."""
+    """Encode the prompts as the pipeline does and save all 512 embeddings of each."""
     if transformers.__version__ != OFFICIAL:
         raise SystemExit(f"this needs transformers {OFFICIAL}, found {transformers.__version__}")
     # By class: the config that transformers 5 saves names no class that transformers 4 would find.

@@ -73,3 +73,20 @@ def test_full_run_equals_the_pipeline(
     assert (pixels - reference_pixels(reference, expected, size)).abs().max() <= PIXEL_TOLERANCE
     from_packed = vae_bridge.decode(vae, packed, False, *size)
     assert torch.allclose(from_packed, pixels, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_both_engines_draw_a_latent_with_odd_sides_alike(loaded: Any) -> None:
+    """Core's VAEEncode makes such latents of pictures whose sides are multiples of 8 only."""
+    drawn = []
+    for engine in ("core", "diffusers"):
+        model, clip, _ = loaded(engine)
+        positive, _ = clip_bridge.encode(clip, PROMPT)
+        negative, _ = clip_bridge.encode(clip, "")
+        canvas = {"samples": torch.zeros(1, latents.CHANNELS, 17, 15)}
+        patched = guidance.patch(model)
+        sigmas = sampling.schedule(patched, canvas, 4)
+        drawn.append(sampling.sample(patched, positive, negative, canvas, sigmas, 4.5, SEED)["samples"])
+    core, diffusers = drawn
+    assert core.shape == (1, latents.CHANNELS, 17, 15)
+    assert (core - diffusers).norm() / core.norm() <= LATENT_TOLERANCE

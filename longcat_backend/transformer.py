@@ -8,7 +8,7 @@ from diffusers import LongCatImageTransformer2DModel
 from torch import nn
 from torch.nn import functional
 
-from . import flow, latents
+from . import flow, latents, rotary
 from .checkpoints import Checkpoint, audit, build, shapes
 
 
@@ -18,6 +18,7 @@ class VelocityModel(nn.Module):
     def __init__(self, transformer: LongCatImageTransformer2DModel) -> None:
         super().__init__()
         self.transformer = transformer
+        rotary.install(transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,7 +47,8 @@ class VelocityModel(nn.Module):
         height, width = samples.shape[-2:]
         images = [_whole_patches(image) for image in (samples, *references)]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        text_ids, image_ids = latents.position_ids(text.shape[1], sizes, samples.device)
+        text_ids, image_ids = latents.position_ids(text.shape[1], sizes)  # on the host, as the rotary table
+        rotary.install(self.transformer).device = samples.device
         tokens = torch.cat([latents.pack(image) for image in images], dim=1)
         velocity = self.transformer(
             hidden_states=tokens,

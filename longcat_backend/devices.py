@@ -1,0 +1,103 @@
+"""One policy for each device: what it can hold, what it computes in, and what it must be spared."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from .errors import LongCatError
+from .precision import PRESETS, Preset
+
+FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+DOUBLE = frozenset({torch.float64, torch.complex128})
+
+
+@dataclass(frozen=True)
+class DevicePolicy:
+    """What is known of one device; everything that depends on it is answered here.
+
+    Positions are float32 and rotary tables are made on the host (:mod:`rotary`) whatever the device, so that
+    ``float64`` decides nothing but what may be moved there.
+    """
+
+    device: torch.device
+    kind: str  # "cuda", "rocm", "xpu", "mps", "cpu" or "other"
+    bf16: bool  # computes in it, and not only through another dtype
+    fp16: bool
+    bf16_storage: bool  # tensors of it can exist there
+    float64: bool
+    fp8_products: bool  # has matrix products of 8-bit floats
+    int8_products: bool
+    torchao_fp8: bool  # torchao's row-wise products of 8-bit floats run on it
+    non_blocking: bool  # copies that do not wait are correct and worth it
+
+    @property
+    def pinned(self) -> bool:
+        """Whether page-locked host memory speeds up copies to the device."""
+        return self.kind in ("cuda", "rocm") and self.non_blocking
+
+    @property
+    def emulated(self) -> frozenset[str]:
+        """Formats of kitchen presets (see :class:`precision.Preset`) that it stores but cannot multiply in.
+
+        Such weights take 8 bits and are cast to the compute dtype when they are used.
+        """
+        lacking = {"float8_e4m3fn": not self.fp8_products, "int8_tensorwise": not self.int8_products}
+        return frozenset(name for name, is_lacking in lacking.items() if is_lacking)
+
+    def compute_dtype(self, component: str) -> torch.dtype:
+        """The dtype that the device computes a component in, if nothing else is asked for: bf16 where it can.
+
+        Without bf16 the transformer takes fp16, as the class that diffusers has for it clips to fp16's range.
+        The text encoder takes fp32: it was trained in bf16, nothing clips it, and a NaN blackens the picture.
+        """
+        if self.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 and component == "transformer" else torch.float32
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether a tensor of that dtype can exist on the device."""
+        if dtype in DOUBLE:
+            return self.float64
+        if dtype in FLOAT8:
+            return self.kind not in ("mps", "other")
+        return dtype != torch.bfloat16 or self.bf16_storage
+
+    def supports(self, preset: Preset) -> bool:
+        """Whether a component can be loaded and run in a preset on the device."""
+        return self._obstacle(preset) is None
+
+    def require(self, preset: Preset, among: Iterable[str]) -> None:
+        """Refuse a preset that the device cannot hold or run.
+
+        Args:
+            among: names of the presets that the component has, to name those that the device can hold.
+
+        Raises:
+            LongCatError: with the reason and the alternatives.
+        """
+        obstacle = self._obstacle(preset)
+        if obstacle is None:
+            return
+        others = ", ".join(name for name in among if self.supports(PRESETS[name]))
+        raise LongCatError(
+            f"The precision '{preset.name}' cannot be used on this device ({self.device}): {obstacle[0]}. "
+            f"Choose one of: {others}.",
+            f"此设备（{self.device}）不能使用精度“{preset.name}”：{obstacle[1]}。请选择：{others}。",
+        )
+
+    def _obstacle(self, preset: Preset) -> tuple[str, str] | None:
+        """Why a preset cannot be used, in both languages."""
+        if preset.dtype is not None and not self.holds(preset.dtype):
+            return f"it has no {preset.name}", f"该设备没有 {preset.name}"
+        if preset.backend == "torchao" and not self.torchao_fp8:
+            return (
+                "torchao's 8-bit products need an NVIDIA card of 2022 or later (Ada, Hopper), an AMD MI300 or an "
+                "Intel XPU",
+                "torchao 的 8 位乘法需要 2022 年以后的 NVIDIA 显卡（Ada、Hopper）、AMD MI300 或 Intel XPU",
+            )
+        if preset.format == "float8_e4m3fn" and not self.holds(torch.float8_e4m3fn):
+            return "it cannot hold 8-bit floats", "该设备不能存放 8 位浮点数"
+        if preset.format == "qint4" and self.kind == "mps":
+            return "quanto would have to compile its 4-bit kernel with Xcode", "quanto 需要用 Xcode 编译 4 位内核"
+        return None

@@ -1,11 +1,12 @@
 """Qwen2.5-VL as LongCat-Image's text encoder: the decoder layers only, at the official positions."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -22,19 +23,27 @@ _PAD_POSITION = 1
 _T = TypeVar("_T")
 
 
+class HostEmbedding(nn.Module):
+    """The token embedding, on the CPU: of its 1.09 GB a prompt needs a few rows."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight  # no parameter, so that nothing moves it
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of token ids, on the device of the ids."""
+        return functional.embedding(ids.cpu(), self.weight).to(ids.device)
+
+
 class TextEncoder(nn.Module):
     """Prompt tokens to the 512 embeddings that condition the DiT."""
 
-    def __init__(self, model: Qwen2_5_VLTextModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: Qwen2_5_VLTextModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
+        self.dtype = dtype  # of the embeddings; quantised layers would hide it
         self.prefix = tuple(prompts.token_ids(tokenizer, prompts.TEXT_TO_IMAGE_PREFIX))
         self.pad = int(tokenizer.pad_token_id)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights and of the embeddings."""
-        return self.model.dtype
 
     @torch.no_grad()
     def encode(self, ids: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
@@ -54,7 +63,7 @@ class TextEncoder(nn.Module):
         pads = prompts.MAX_TOKENS - len(ids)
         tokens = [*self.prefix, *ids] + [self.pad] * min(pads, 1)
         length = len(self.prefix) + len(ids)
-        device = device or self.model.device
+        device = device or torch.device("cpu")
         mask = torch.ones(1, len(tokens), dtype=torch.long, device=device)
         mask[:, length:] = 0
         positions = torch.arange(len(tokens), device=device)
@@ -70,17 +79,16 @@ class TextEncoder(nn.Module):
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer of an official checkpoint folder, from its own files only; no code in it is run.
+    """The tokenizer of a checkpoint, from its own files only; no code in it is run.
 
     Raises:
         LongCatError: its files are damaged, or it has no padding token.
     """
-    tokenizer: PreTrainedTokenizerBase = build(
-        "tokenizer",
-        lambda: AutoTokenizer.from_pretrained(
-            checkpoint.folder / "tokenizer", local_files_only=True, trust_remote_code=False
-        ),
-    )
+    with checkpoint.tokenizer_folder() as folder:
+        tokenizer: PreTrainedTokenizerBase = build(
+            "tokenizer",
+            lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        )
     if tokenizer.pad_token_id is None:
         raise LongCatError(
             "The tokenizer has no padding token, so it is not LongCat-Image's. Download 'tokenizer' again.",
@@ -105,8 +113,19 @@ def check_characters(prompt: str) -> None:
         )
 
 
-def load_text_encoder(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> TextEncoder:
+def load_text_encoder(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+    convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda weights: weights,
+) -> TextEncoder:
     """Build the encoder from its own config and load only the decoder layers.
+
+    Args:
+        dtype: of the embeddings, and of the weights unless ``convert`` gives them others.
+        prepare: exchanges layers of the model while it has no weights yet.
+        convert: the weights that the exchanged layers take.
 
     Raises:
         LongCatError: see :func:`audited_shapes`; or the tokenizer has more tokens than the encoder.
@@ -120,10 +139,12 @@ def load_text_encoder(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase
             "请下载同一检查点的“tokenizer”和“text_encoder”。",
         )
     model = empty_text_model(checkpoint.configs["text_encoder"])
-    weights = language_weights(checkpoint.weights("text_encoder"))
-    model.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
+    prepare(model)
+    weights = {key: value.to(dtype) for key, value in language_weights(checkpoint.weights("text_encoder")).items()}
+    model.embed_tokens = HostEmbedding(weights.pop("embed_tokens.weight"))
+    model.load_state_dict(convert(weights), assign=True)
     _compute_buffers(model, model.config)
-    return TextEncoder(model.eval().requires_grad_(False), tokenizer)
+    return TextEncoder(model.eval().requires_grad_(False), tokenizer, dtype)
 
 
 def empty_text_model(config: Mapping[str, Any]) -> Qwen2_5_VLTextModel:

@@ -1,6 +1,7 @@
 """The diffusers engine: ``LongCatImageTransformer2DModel`` behind latents in and velocity out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,21 +11,18 @@ from torch.nn import functional
 
 from . import flow, latents, rotary
 from .checkpoints import Checkpoint, audit, build, shapes
+from .modulation import ModulationTable
 
 
 class VelocityModel(nn.Module):
     """Latents, noise level and text to velocity; packing, positions and reference images are done here."""
 
-    def __init__(self, transformer: LongCatImageTransformer2DModel) -> None:
+    def __init__(self, transformer: LongCatImageTransformer2DModel, table: ModulationTable | None = None) -> None:
         super().__init__()
         self.transformer = transformer
+        self.table = table
+        self.dtype: torch.dtype = transformer.dtype  # quantised layers would hide it
         rotary.install(transformer)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        dtype: torch.dtype = self.transformer.dtype
-        return dtype
 
     def forward(
         self,
@@ -32,6 +30,7 @@ class VelocityModel(nn.Module):
         sigma: torch.Tensor,
         text: torch.Tensor,
         references: Sequence[torch.Tensor] = (),
+        schedule: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Velocity (noise minus image) of scaled latents.
 
@@ -40,6 +39,7 @@ class VelocityModel(nn.Module):
             sigma: (batch,) in 0..1.
             text: (batch, length, hidden size).
             references: scaled latents of reference images; they get the modalities 2, 3, …
+            schedule: (steps,), the noise levels to come, for the modulation table.
 
         Returns:
             (batch, 16, h, w).
@@ -50,16 +50,30 @@ class VelocityModel(nn.Module):
         text_ids, image_ids = latents.position_ids(text.shape[1], sizes)  # on the host, as the rotary table
         rotary.install(self.transformer).device = samples.device
         tokens = torch.cat([latents.pack(image) for image in images], dim=1)
-        velocity = self.transformer(
-            hidden_states=tokens,
-            timestep=flow.model_timestep(sigma, tokens.dtype),
-            encoder_hidden_states=text,
-            txt_ids=text_ids,
-            img_ids=image_ids,
-            return_dict=False,
-        )[0]
+        timestep = flow.model_timestep(sigma, tokens.dtype)
+        with self._tabulated(timestep, schedule, tokens):
+            velocity = self.transformer(
+                hidden_states=tokens,
+                timestep=timestep,
+                encoder_hidden_states=text,
+                txt_ids=text_ids,
+                img_ids=image_ids,
+                return_dict=False,
+            )[0]
         drawn = latents.token_count(samples)
         return latents.unpack(velocity[:, :drawn], *sizes[0])[..., :height, :width]
+
+    def _tabulated(
+        self, timestep: torch.Tensor, schedule: torch.Tensor | None, tokens: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        if self.table is None:
+            return nullcontext()
+        levels = None if schedule is None else flow.model_timestep(schedule, tokens.dtype)
+
+        def embed(timesteps: torch.Tensor) -> torch.Tensor:
+            return functional.silu(self.transformer.time_embed(timesteps * 1000, tokens.dtype))
+
+        return self.table.at(timestep, levels, tokens, embed)
 
 
 def empty_transformer(config: Mapping[str, Any]) -> LongCatImageTransformer2DModel:
@@ -98,16 +112,26 @@ def audited_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return checkpoint.weights("transformer")
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> VelocityModel:
+def load_transformer(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    table: ModulationTable | None = None,
+    prepare: Callable[[nn.Module], None] = lambda transformer: None,
+) -> VelocityModel:
     """The diffusers transformer with the checkpoint's weights in ``dtype``, on the CPU.
+
+    Args:
+        table: answers the modulation layers that ``prepare`` put in.
+        prepare: exchanges layers of the transformer while it has no weights yet.
 
     Raises:
         LongCatError: see :func:`audited_weights`.
     """
     transformer = empty_transformer(checkpoint.configs["transformer"])
     weights = audited_weights(checkpoint)
+    prepare(transformer)
     transformer.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
-    return VelocityModel(transformer.eval().requires_grad_(False))
+    return VelocityModel(transformer.eval().requires_grad_(False), table)
 
 
 def _whole_patches(samples: torch.Tensor) -> torch.Tensor:

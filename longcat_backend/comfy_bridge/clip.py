@@ -3,18 +3,24 @@
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from .. import prompts
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
+from ..precision import Preset
 from ..text_encoder import TextEncoder, check_characters, load_text_encoder, load_tokenizer
+from . import kitchen, patchers
+from .castable import castable, replace_linears
 
 # The key under which ComfyUI's own LongCat encoder hands over its tokens.
 _KEY = "qwen25_7b"
+_COMPONENT = "text_encoder"
 
 
 class Tokenizer:
@@ -51,8 +57,6 @@ class Tokenizer:
 class EncoderModel(nn.Module):
     """What :class:`comfy.sd.CLIP` asks of its model."""
 
-    disable_offload = True  # the plain patcher: the layers are transformers', not ComfyUI's
-
     def __init__(self, encoder: TextEncoder) -> None:
         super().__init__()
         self.encoder = encoder
@@ -74,16 +78,46 @@ class EncoderModel(nn.Module):
         return embeddings.float().to(comfy.model_management.intermediate_device()), None
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.sd.CLIP:
+def load(checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset) -> comfy.sd.CLIP:
     """The checkpoint's text encoder and tokenizer as a CLIP.
 
+    Args:
+        dtype: of the computation, and of every weight that is not quantised.
+
     Raises:
-        LongCatError: see :func:`text_encoder.load_text_encoder`.
+        LongCatError: see :func:`text_encoder.load_text_encoder`, :mod:`kitchen` and :func:`quantisation.quantise`.
     """
     tokenizer = load_tokenizer(checkpoint)
-    model = EncoderModel(load_text_encoder(checkpoint, tokenizer, dtype))
+    model = EncoderModel(_load_encoder(checkpoint, tokenizer, dtype, preset))
     target = comfy.supported_models_base.ClipTarget(tokenizer=lambda **_: Tokenizer(tokenizer), clip=lambda **_: model)
-    return comfy.sd.CLIP(target, model_options={"dtype": dtype})
+    clip = comfy.sd.CLIP(target, model_options={"dtype": dtype}, disable_dynamic=True)
+    make = patchers.whole_patcher if preset.backend == "quanto" else patchers.castable_patcher
+    clip.patcher = patchers.like(clip.patcher, make)
+    return clip
+
+
+def _load_encoder(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, preset: Preset
+) -> TextEncoder:
+    if preset.backend == "quanto":
+        encoder = load_text_encoder(checkpoint, tokenizer, dtype)
+        from .. import quantisation
+
+        quantisation.quantise(encoder.model, _COMPONENT, preset, comfy.model_management.text_encoder_device())
+        return encoder
+    packed = preset.backend == "kitchen"
+    layers = kitchen.operations(dtype, preset, weight_only=True) if packed else comfy.ops.manual_cast
+
+    def prepare(model: nn.Module) -> None:
+        replace_linears(model, lambda name, layer: castable(layers, layer, dtype))
+
+    def convert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return kitchen.quantise(weights, _COMPONENT, preset, dtype) if packed else weights
+
+    encoder = load_text_encoder(checkpoint, tokenizer, dtype, prepare, convert)
+    if packed:
+        kitchen.verify(encoder.model, _COMPONENT, preset)
+    return encoder
 
 
 def encode(clip: comfy.sd.CLIP | None, prompt: str) -> tuple[list[Any], str]:

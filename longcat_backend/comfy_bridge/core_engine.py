@@ -1,44 +1,80 @@
 """Engine "core": official weights in ComfyUI's own LongCat class, with native memory management and patches."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.supported_models
+import comfy.utils
 import torch
+from comfy.ldm.flux.layers import timestep_embedding
+from torch.nn import functional
 
 from .. import flow, transformer
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
-from . import formats
+from ..modulation import ModulationTable, is_modulation
+from ..precision import Preset
+from . import formats, kitchen, patchers
+from .castable import TabulatedLinear
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
+def load(
+    checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset, tabulate: bool = True
+) -> comfy.model_patcher.ModelPatcher:
     """ComfyUI's LongCat class with the checkpoint's weights, as a MODEL.
 
+    Args:
+        dtype: of the computation, and of every weight that is not quantised.
+        tabulate: keep the modulation weights on the CPU, behind a :class:`modulation.ModulationTable`.
+
     Raises:
-        LongCatError: see :func:`transformer.audited_weights`; or ComfyUI's class wants other weights.
+        LongCatError: see :func:`transformer.audited_weights` and :mod:`kitchen`; or ComfyUI's class wants other
+            weights.
     """
     weights = convert(transformer.audited_weights(checkpoint))
     device = comfy.model_management.get_torch_device()
-    offload = comfy.model_management.unet_offload_device()
+    model = _empty_model(checkpoint, dtype, preset, device)
+    table = _tabulate(model, dtype) if tabulate else None
+    if preset.backend:
+        weights = kitchen.quantise(weights, "transformer", preset, dtype)
+    else:
+        weights = {key: value.to(dtype) for key, value in weights.items()}
+    # Assigned, not copied: with dynamic VRAM the layers have no storage yet, and the others need none of their own.
+    misfits = model.diffusion_model.load_state_dict(weights, strict=False, assign=True)
+    _require_fit(misfits.missing_keys, misfits.unexpected_keys)
+    if preset.backend:
+        kitchen.verify(model.diffusion_model, "transformer", preset)
+    patcher = patchers.castable_patcher(model, device, comfy.model_management.unet_offload_device())
+    wrapper = partial(_prepare_step, table)
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "longcat_timestep", wrapper)
+    return patcher
+
+
+def _empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset, device: torch.device
+) -> comfy.model_base.LongCatImage:
     config = comfy.supported_models.LongCatImage(class_config(checkpoint.configs["transformer"]))
     cast = comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
+    if preset.backend:
+        config.custom_operations = kitchen.operations(dtype, preset)
     formats.configure(config, checkpoint)
-    model = config.get_model(weights, "")
-    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload)
-    cast_weights = {key: value.to(dtype) for key, value in weights.items()}
-    # With dynamic VRAM the class has no weights before they are loaded, so only loading tells what does not fit.
-    misfits = model.diffusion_model.load_state_dict(cast_weights, strict=False, assign=patcher.is_dynamic())
-    _require_fit(misfits.missing_keys, misfits.unexpected_keys)
-    patcher.add_wrapper_with_key(
-        comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "longcat_timestep", _round_timestep
-    )
-    return patcher
+    return config.get_model({}, "")
+
+
+def _tabulate(model: comfy.model_base.LongCatImage, dtype: torch.dtype) -> ModulationTable:
+    table = ModulationTable()
+    for name, layer in list(model.diffusion_model.named_modules()):
+        if is_modulation(name):
+            comfy.utils.set_attr(model.diffusion_model, name, TabulatedLinear(name, table, layer, dtype))
+    patchers.set_table(model, table)
+    return table
 
 
 def convert(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,7 +130,26 @@ def _require_fit(missing: Sequence[str], unknown: Sequence[str]) -> None:
         )
 
 
-def _round_timestep(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Core keeps the timestep in fp32; the official pipeline rounds it in the compute dtype (DESIGN.md trap 9)."""
-    rounded = (flow.model_timestep(timestep, x.dtype) * 1000).float() / 1000
-    return executor(x, rounded, *args, **kwargs)
+def _prepare_step(
+    table: ModulationTable | None, executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Round the timestep as the official pipeline does, and let the table answer at this noise level.
+
+    Core keeps the timestep in fp32; the pipeline rounds it in the compute dtype (DESIGN.md trap 9).
+    """
+    rounded = _rounded(timestep, x.dtype)
+    if table is None:
+        return executor(x, rounded, *args, **kwargs)
+    model = executor.class_obj
+    options = next((value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)), None)
+    schedule = formats.schedule(options)
+
+    def embed(timesteps: torch.Tensor) -> torch.Tensor:
+        return functional.silu(model.time_in(timestep_embedding(timesteps, 256).to(x.dtype)))
+
+    with table.at(rounded, None if schedule is None else _rounded(schedule, x.dtype), x, embed):
+        return executor(x, rounded, *args, **kwargs)
+
+
+def _rounded(timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (flow.model_timestep(timestep, dtype) * 1000).float() / 1000

@@ -1,10 +1,12 @@
 """Engine "diffusers": the transformer of diffusers behind the contract of a ComfyUI MODEL."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
@@ -12,20 +14,11 @@ from torch import nn
 
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
+from ..modulation import ModulationTable, is_modulation
+from ..precision import Preset
 from ..transformer import VelocityModel, load_transformer
-from . import formats
-
-
-class WholeModelPatcher(comfy.model_patcher.ModelPatcher):
-    """Moves the model as one piece.
-
-    The plain patcher leaves layers that are not ComfyUI's own on the CPU when memory is short, and the next
-    forward fails with tensors on two devices.
-    """
-
-    def load(self, *args: Any, full_load: bool = False, **kwargs: Any) -> Any:
-        """As in the base class, always in full."""
-        return super().load(*args, full_load=True, **kwargs)
+from . import formats, patchers
+from .castable import TabulatedLinear, castable, replace_linears
 
 
 class DiffusionModel(nn.Module):
@@ -58,6 +51,7 @@ class DiffusionModel(nn.Module):
         context: torch.Tensor,
         ref_latents: list[torch.Tensor] | None = None,
         control: Any = None,
+        transformer_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         if control is not None:
@@ -65,14 +59,20 @@ class DiffusionModel(nn.Module):
                 "The diffusers engine has no ControlNet. Set the engine of LongCatLoader to core.",
                 "diffusers 引擎不支持 ControlNet。请把 LongCatLoader 的引擎设为 core。",
             )
-        return self.velocity(x, timestep, context, ref_latents or ())
+        return self.velocity(x, timestep, context, ref_latents or (), formats.schedule(transformer_options))
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
+def load(
+    checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset, tabulate: bool = True
+) -> comfy.model_patcher.ModelPatcher:
     """The diffusers transformer with the checkpoint's weights, as a MODEL.
 
+    Args:
+        dtype: of the computation, and of every weight that is not quantised.
+        tabulate: keep the modulation weights on the CPU, behind a :class:`modulation.ModulationTable`.
+
     Raises:
-        LongCatError: see :func:`transformer.audited_weights`.
+        LongCatError: see :func:`transformer.audited_weights` and :func:`quantisation.quantise`.
     """
     channels = checkpoint.configs["transformer"]["in_channels"] // 4
     config = comfy.supported_models.LongCatImage(
@@ -81,9 +81,27 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> comfy.model_patcher.Mode
     config.set_inference_dtype(dtype, None)
     formats.configure(config, checkpoint)
     model = comfy.model_base.LongCatImage(config)
-    model.diffusion_model = DiffusionModel(load_transformer(checkpoint, dtype))
-    return WholeModelPatcher(
-        model,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
+    table = ModulationTable() if tabulate else None
+    velocity = load_transformer(
+        checkpoint, dtype, table, lambda transformer: _prepare(transformer, dtype, preset, table)
     )
+    model.diffusion_model = DiffusionModel(velocity)
+    if table is not None:
+        patchers.set_table(model, table)
+    device = comfy.model_management.get_torch_device()
+    offload = comfy.model_management.unet_offload_device()
+    if preset.backend:
+        from .. import quantisation
+
+        quantisation.quantise(velocity.transformer, "transformer", preset, device)
+        return patchers.whole_patcher(model, device, offload)
+    return patchers.castable_patcher(model, device, offload)
+
+
+def _prepare(transformer: nn.Module, dtype: torch.dtype, preset: Preset, table: ModulationTable | None) -> None:
+    def build(name: str, layer: nn.Linear) -> nn.Module:
+        if table is not None and is_modulation(name):
+            return TabulatedLinear(name, table, layer, dtype)
+        return layer if preset.backend else castable(comfy.ops.manual_cast, layer, dtype)
+
+    replace_linears(transformer, build)

@@ -6,6 +6,7 @@ from typing import Any
 import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models_base
+import torch
 
 from .. import flow
 from ..checkpoints import Checkpoint
@@ -41,3 +42,9 @@ def scheduler_config(patcher: comfy.model_patcher.ModelPatcher | None) -> Mappin
         )
     config: Mapping[str, Any] | None = patcher.get_attachment(_ATTACHMENT)
     return flow.DEFAULT_SCHEDULER if config is None else config
+
+
+def schedule(transformer_options: Mapping[str, Any] | None) -> torch.Tensor | None:
+    """The noise levels of the run, (steps,), where the sampler tells them."""
+    levels: torch.Tensor | None = (transformer_options or {}).get("sample_sigmas")
+    return None if levels is None else levels[levels > 0]

@@ -1,5 +1,6 @@
 """One checkpoint to MODEL, CLIP and VAE."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 
 from .. import checkpoints, precision, verification
 from ..checkpoints import Checkpoint
-from . import clip, core_engine, diffusers_engine, formats, host, vae
+from ..devices import DevicePolicy
+from ..precision import Preset
+from . import clip, core_engine, devices, diffusers_engine, formats, host, vae
 
 ENGINES = {"core": core_engine.load, "diffusers": diffusers_engine.load}
 DEFAULT_ENGINE = "core"
@@ -52,34 +55,43 @@ def load(
     """
     verify(name)
     checkpoint = checkpoints.open_checkpoint(find(name))
-    encoder = clip.load(checkpoint, encoder_dtype(encoder_precision))
+    encoder = load_encoder(checkpoint, encoder_precision)
     return load_model(checkpoint, engine, model_precision), encoder, vae.load(checkpoint)
 
 
-def load_model(checkpoint: Checkpoint, engine: str, model_precision: str) -> comfy.model_patcher.ModelPatcher:
+def load_encoder(checkpoint: Checkpoint, precision_name: str) -> comfy.sd.CLIP:
+    """The text encoder of a checkpoint as a CLIP.
+
+    Raises:
+        LongCatError: see :func:`clip.load`.
+    """
+    policy = devices.policy(comfy.model_management.text_encoder_device())
+    dtype = policy.compute_dtype("text_encoder")
+    preset = _preset(precision_name, precision.ENCODER_PRESETS, dtype, policy)
+    return clip.load(checkpoint, preset.dtype or dtype, preset)
+
+
+def load_model(
+    checkpoint: Checkpoint, engine: str, model_precision: str, tabulate: bool = True
+) -> comfy.model_patcher.ModelPatcher:
     """The transformer of a checkpoint as a MODEL that carries the checkpoint's scheduler config.
 
     Raises:
-        LongCatError: see :func:`transformer.audited_weights`.
+        LongCatError: see :func:`core_engine.load` and :func:`diffusers_engine.load`.
     """
     chosen = DEFAULT_ENGINE if engine == precision.AUTO else engine
-    patcher = ENGINES[chosen](checkpoint, model_dtype(model_precision))
+    policy = devices.policy()
+    dtype = policy.compute_dtype("transformer")
+    preset = _preset(model_precision, precision.ENGINE_PRESETS[chosen], dtype, policy)
+    patcher = ENGINES[chosen](checkpoint, preset.dtype or dtype, preset, tabulate)
     formats.attach(patcher, checkpoint)
-    patcher.cached_patcher_init = (load_model, (checkpoint, engine, model_precision))
+    patcher.cached_patcher_init = (load_model, (checkpoint, engine, model_precision, tabulate))
     return patcher
 
 
-def model_dtype(choice: str) -> torch.dtype:
-    """The dtype of a precision choice; auto is the best that the device computes in: bf16, else fp16, else fp32."""
-    dtype: torch.dtype = precision.DTYPES.get(choice) or comfy.model_management.unet_dtype(
-        supported_dtypes=[torch.bfloat16, torch.float16, torch.float32]
-    )
-    return dtype
-
-
-def encoder_dtype(choice: str) -> torch.dtype:
-    """The dtype of a precision choice for the encoder; auto is bf16, or fp32 on a device without it."""
-    if choice != precision.AUTO:
-        return precision.DTYPES[choice]
-    device = comfy.model_management.text_encoder_device()
-    return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
+def _preset(name: str, allowed: Sequence[str], dtype: torch.dtype, policy: DevicePolicy) -> Preset:
+    if name == precision.AUTO:
+        return next(preset for preset in precision.PRESETS.values() if preset.dtype == dtype)
+    preset = precision.preset(name, allowed)
+    policy.require(preset, allowed)
+    return preset

@@ -1,0 +1,120 @@
+"""Presets of ComfyUI's own quantised layers (comfy-kitchen): weights quantised one by one while loading."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy_kitchen
+import torch
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from torch import nn
+
+from .. import precision
+from ..errors import LongCatError
+from ..precision import Preset
+
+# What the layout is asked for: one scale per output channel halves the error of int8 and costs nothing.
+_QUANTISE: dict[str, dict[str, Any]] = {
+    "float8_e4m3fn": {"scale": "recalculate"},
+    "int8_tensorwise": {"per_channel": True},
+}
+_KERNEL = {"int8_tensorwise": "int8_linear"}
+
+
+def operations(dtype: torch.dtype, preset: Preset, weight_only: bool = False) -> Any:
+    """ComfyUI's layers that hold quantised weights and compute in ``dtype``.
+
+    Args:
+        weight_only: unpack each weight when it is used instead of multiplying in its format: less error, and the
+            better choice for a few tokens.
+
+    Raises:
+        LongCatError: see :func:`require`.
+    """
+    device = comfy.model_management.get_torch_device()
+    if not weight_only:
+        require(preset, device)
+    unpack = weight_only or (device.type == "cpu" and preset.format == "float8_e4m3fn")  # no such product on a CPU
+    return comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=unpack)
+
+
+def require(preset: Preset, device: torch.device) -> None:
+    """Refuse a preset whose kernels this device does not have; on a CPU the reference kernels are the only ones.
+
+    Raises:
+        LongCatError: no kernel of the preset runs here, so the weights would be unpacked for each use.
+    """
+    if device.type == "cpu":
+        return
+    if preset.format == "float8_e4m3fn":
+        if comfy.model_management.supports_fp8_compute(device):
+            return
+        need_en, need_zh = (
+            "a GPU that multiplies in fp8 (NVIDIA Ada or newer)",
+            "支持 fp8 乘法的 GPU（NVIDIA Ada 或更新）",
+        )
+    else:
+        if comfy_kitchen.registry.get_capable_backend(_KERNEL[preset.format]) != "eager":
+            return
+        need_en = "comfy-kitchen's int8 kernels: PyTorch for CUDA 13, or ComfyUI's --enable-triton-backend"
+        need_zh = "comfy-kitchen 的 int8 内核：CUDA 13 版 PyTorch，或 ComfyUI 的 --enable-triton-backend"
+    raise LongCatError(
+        f"The precision '{preset.name}' needs {need_en}, which this device does not have. Choose bf16, or another "
+        "precision in LongCatLoader.",
+        f"精度“{preset.name}”需要{need_zh}，当前设备不具备。请在 LongCatLoader 中选择 bf16 或其他精度。",
+    )
+
+
+def quantise(
+    weights: Mapping[str, torch.Tensor],
+    component: str,
+    preset: Preset,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, torch.Tensor]:
+    """Weights under the keys of ComfyUI's quantised layers; those that the preset leaves alone are cast.
+
+    Each weight visits the device by itself, so there is never a full-precision copy of the model on it.
+
+    Args:
+        weights: a component's tensors, by the names of the layers that they will be loaded into.
+        dtype: of the tensors that are not quantised, and of the computation.
+        progress: called with (layers done, layers in all).
+    """
+    device = comfy.model_management.get_torch_device()
+    chosen = _chosen(weights, component)
+    quantised = {key: value.to(dtype) for key, value in weights.items() if key not in chosen}
+    layout = QUANT_ALGOS[preset.format]["comfy_tensor_layout"]
+    for done, key in enumerate(sorted(chosen)):
+        weight = weights[key].to(device=device, dtype=dtype)
+        packed = QuantizedTensor.from_float(weight, layout, **_QUANTISE[preset.format])
+        quantised.update({name: value.cpu() for name, value in packed.state_dict(key).items()})
+        quantised[f"{key.removesuffix('weight')}comfy_quant"] = _marker(preset.format)
+        progress(done + 1, len(chosen))
+    return quantised
+
+
+def verify(model: nn.Module, component: str, preset: Preset) -> None:
+    """Check that every layer that the preset names holds weights of its format.
+
+    Raises:
+        LongCatError: a layer does not, or there is no such layer.
+    """
+    layout = QUANT_ALGOS[preset.format]["comfy_tensor_layout"]
+    layers = {name: layer for name, layer in model.named_modules() if precision.is_quantised(component, name)}
+    plain = [name for name, layer in layers.items() if getattr(layer.weight, "_layout_cls", None) != layout]
+    if plain or not layers:
+        raise precision.did_not_take(preset, component, plain, len(layers))
+
+
+def _chosen(weights: Iterable[str], component: str) -> set[str]:
+    suffix = ".weight"
+    return {
+        key for key in weights if key.endswith(suffix) and precision.is_quantised(component, key.removesuffix(suffix))
+    }
+
+
+def _marker(quant_format: str) -> torch.Tensor:
+    return torch.tensor(list(json.dumps({"format": quant_format}).encode()), dtype=torch.uint8)

@@ -1,0 +1,136 @@
+"""ComfyUI's memory managers for models that are not wholly made of ComfyUI's layers."""
+
+from functools import lru_cache
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import nn
+
+from ..errors import LongCatError
+from ..modulation import ModulationTable
+from .castable import TabulatedLinear
+
+_TABLE = "longcat_modulation"
+
+
+def castable_patcher(model: nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
+    """The host's memory manager for a model whose large layers are castable: resident as far as it fits."""
+    base = comfy.model_patcher.ModelPatcher if load_device.type == "cpu" else comfy.model_patcher.CoreModelPatcher
+    return _castable_class(base)(model, load_device, offload_device, size=managed_size(model))
+
+
+def whole_patcher(model: nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
+    """A manager that moves the model as one piece: quantised layers of other libraries cannot be cast on use."""
+    return _whole_class()(model, load_device, offload_device, size=managed_size(model))
+
+
+def like(patcher: Any, make: Any) -> Any:
+    """A patcher made by ``make`` in the place of one that ComfyUI made for a text encoder."""
+    made = make(patcher.model, patcher.load_device, patcher.offload_device)
+    made.is_clip = True
+    made.hook_mode = patcher.hook_mode
+    return made
+
+
+def set_table(model: nn.Module, table: ModulationTable) -> None:
+    """Let the patchers of a model know its modulation table."""
+    setattr(model, _TABLE, table)
+
+
+def get_table(model: nn.Module) -> ModulationTable | None:
+    """The modulation table of a model, if it has one."""
+    table: ModulationTable | None = getattr(model, _TABLE, None)
+    return table
+
+
+def managed_size(model: nn.Module) -> int:
+    """Bytes of the weights that go to the device: all but those of tabulated layers."""
+    tabulated = [layer for layer in model.modules() if isinstance(layer, TabulatedLinear)]
+    aside = sum(comfy.model_management.module_size(layer) for layer in tabulated)
+    return int(comfy.model_management.module_size(model) - aside)
+
+
+@lru_cache
+def _castable_class(base: Any) -> Any:
+    class CastablePatcher(base):  # type: ignore[misc]
+        """Weights of castable layers are managed by ``base``; tabulated layers stay on the CPU.
+
+        The rest, norms and buffers of a few kilobytes, always goes to the device, since no layer of the other
+        libraries would fetch it.
+        """
+
+        def _load_list(self, *args: Any, **kwargs: Any) -> list[Any]:
+            entries = super()._load_list(*args, **kwargs)
+            return [entry for entry in entries if _is_managed(entry[-2], self.is_dynamic())]
+
+        def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
+            """As in the base class; then bring along what it does not manage, and keep the table true."""
+            result = super().load(device_to, *args, **kwargs)
+            if not self.is_dynamic():
+                _move_small_parts(self.model, device_to)
+            _patch_tabulated(self.model, self.patches)
+            _sync_table(self.model, self.patches_uuid)
+            return result
+
+        def apply_hooks(self, hooks: Any, *args: Any, **kwargs: Any) -> Any:
+            """Weight hooks change weights between steps, and the rows with them."""
+            if hooks != self.current_hooks:
+                _sync_table(self.model, None)
+            return super().apply_hooks(hooks, *args, **kwargs)
+
+    return CastablePatcher
+
+
+@lru_cache
+def _whole_class() -> Any:
+    class WholePatcher(_castable_class(comfy.model_patcher.ModelPatcher)):  # type: ignore[misc]
+        """All or nothing; its weights cannot be patched."""
+
+        def load(self, *args: Any, full_load: bool = False, **kwargs: Any) -> Any:
+            """As in the base class, always in full."""
+            return super().load(*args, full_load=True, **kwargs)
+
+        def add_patches(self, patches: Any, *args: Any, **kwargs: Any) -> Any:
+            """Refuse: a patch on weights of this kind would change nothing, and say nothing."""
+            if patches:
+                raise LongCatError(
+                    "A LoRA cannot be applied to the weights of this precision. Choose bf16, or fp8 or int8 of the "
+                    "core engine, in LongCatLoader.",
+                    "该精度的权重无法应用 LoRA。请在 LongCatLoader 中选择 bf16，或 core 引擎的 fp8、int8。",
+                )
+            return super().add_patches(patches, *args, **kwargs)
+
+    return WholePatcher
+
+
+def _is_managed(layer: nn.Module, dynamic: bool) -> bool:
+    # Dynamic VRAM brings the small parts to the device by itself.
+    return not isinstance(layer, TabulatedLinear) and (dynamic or hasattr(layer, "comfy_cast_weights"))
+
+
+def _move_small_parts(model: nn.Module, device: Any) -> None:
+    for layer in model.modules():
+        if not hasattr(layer, "comfy_cast_weights"):
+            for parameter in layer._parameters.values():
+                if parameter is not None:
+                    parameter.data = parameter.data.to(device)
+            for name, buffer in layer._buffers.items():
+                if buffer is not None:
+                    layer._buffers[name] = buffer.to(device)
+
+
+def _patch_tabulated(model: nn.Module, patches: dict[str, Any]) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, TabulatedLinear):
+            for part in ("weight", "bias"):
+                key = f"{name}.{part}"
+                functions = [comfy.model_patcher.LowVramPatch(key, patches)] if key in patches else []
+                setattr(layer, f"{part}_function", functions)
+
+
+def _sync_table(model: nn.Module, version: Any) -> None:
+    table = get_table(model)
+    if table is not None:
+        table.sync(version)

@@ -6,7 +6,9 @@ diffusers both only log a missing key and go on with random weights (DESIGN.md t
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
@@ -16,32 +18,54 @@ from safetensors import SafetensorError, safe_open
 
 from . import flavours
 from .errors import LongCatError
+from .tensor_files import FLOATS, damaged, foreign_format
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "scheduler")
 SEARCH_DEPTH = 3
 # One of these sets makes a tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 LARGEST_CONFIG = 16 * 2**20
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """An official folder whose configs were read; no weight has been touched yet."""
+class Checkpoint(ABC):
+    """A checkpoint whose configs were read; no weight has been touched yet."""
 
-    folder: Path
     flavour: flavours.Flavour
     configs: Mapping[str, Mapping[str, Any]]
 
+    @abstractmethod
+    def weights(self, component: str) -> Mapping[str, torch.Tensor]:
+        """All tensors of a component, by their official names, on the CPU; some are made when they are asked for."""
+
+    @abstractmethod
+    def shapes(self, component: str) -> dict[str, torch.Size]:
+        """The shape of every tensor of a component, from the headers of its files alone."""
+
+    @abstractmethod
+    def tokenizer_folder(self) -> AbstractContextManager[Path]:
+        """A folder with the tokenizer's files, there as long as the context lasts."""
+
+
+@dataclass(frozen=True)
+class FolderCheckpoint(Checkpoint):
+    """An official folder."""
+
+    folder: Path
+
     def weights(self, component: str) -> dict[str, torch.Tensor]:
-        """All tensors of a component, by their name in the file, on the CPU."""
+        """All tensors of a component, by their name in the file."""
         return read_weights(self.folder / component)
 
     def shapes(self, component: str) -> dict[str, torch.Size]:
-        """The shape of every tensor of a component, from the headers of its files alone."""
+        """The shape of every tensor of a component."""
         return read_shapes(self.folder / component)
+
+    def tokenizer_folder(self) -> AbstractContextManager[Path]:
+        """The folder's own tokenizer."""
+        return nullcontext(self.folder / "tokenizer")
 
 
 def list_checkpoints(roots: Iterable[Path]) -> dict[str, Path]:
@@ -89,7 +113,7 @@ def resolve_checkpoint(name: str, roots: Sequence[Path]) -> Path:
     )
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path) -> FolderCheckpoint:
     """Read and identify an official folder.
 
     Raises:
@@ -105,9 +129,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     names = {"scheduler": "scheduler_config.json"}
     configs = {part: _read_json(folder / part / names.get(part, "config.json")) for part in COMPONENTS}
-    _require_tokenizer(folder / "tokenizer")
+    require_tokenizer(folder / "tokenizer")
     flavour = flavours.identify(pipeline, folder.name, configs["scheduler"])
-    return Checkpoint(folder, flavour, configs)
+    return FolderCheckpoint(flavour, configs, folder)
 
 
 def fingerprint(folder: Path) -> str:
@@ -169,6 +193,19 @@ def audit(component: str, expected: Mapping[str, torch.Size], found: Mapping[str
     Raises:
         LongCatError: a key is missing, unknown or of another shape; names up to three of each kind.
     """
+    found_differences = differences(expected, found)
+    if found_differences is None:
+        return
+    en, zh = found_differences
+    raise LongCatError(
+        f"The weights in '{component}' do not fit '{component}/config.json': {en}. The file or its config is from "
+        "another model or was changed; download this part of the checkpoint again.",
+        f"“{component}”中的权重与“{component}/config.json”不一致：{zh}。文件或配置来自其他模型或被改动过，请重新下载这一部分。",
+    )
+
+
+def differences(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> tuple[str, str] | None:
+    """What two sets of shapes differ in, in English and Chinese, up to three keys of each kind; None if they agree."""
     missing = sorted(expected.keys() - found.keys())
     unknown = sorted(found.keys() - expected.keys())
     misshapen = [
@@ -177,7 +214,7 @@ def audit(component: str, expected: Mapping[str, torch.Size], found: Mapping[str
         if found[key] != expected[key]
     ]
     if not (missing or unknown or misshapen):
-        return
+        return None
     kinds = (
         ("missing", "缺少", missing),
         ("unknown", "多余", unknown),
@@ -185,11 +222,7 @@ def audit(component: str, expected: Mapping[str, torch.Size], found: Mapping[str
     )
     en = "; ".join(f"{len(keys)} {name}: {_some(keys)}" for name, _, keys in kinds if keys)
     zh = "；".join(f"{name} {len(keys)} 个：{_some(keys)}" for _, name, keys in kinds if keys)
-    raise LongCatError(
-        f"The weights in '{component}' do not fit '{component}/config.json': {en}. The file or its config is from "
-        "another model or was changed; download this part of the checkpoint again.",
-        f"“{component}”中的权重与“{component}/config.json”不一致：{zh}。文件或配置来自其他模型或被改动过，请重新下载这一部分。",
-    )
+    return en, zh
 
 
 def _read_tensors(folder: Path, read: Callable[[Any, str], _T]) -> dict[str, _T]:
@@ -200,22 +233,14 @@ def _read_tensors(folder: Path, read: Callable[[Any, str], _T]) -> dict[str, _T]
                 for key in file.keys():  # noqa: SIM118  (a handle, not a dict)
                     tensors[key] = read(file, key)
         except (SafetensorError, OSError) as error:
-            raise LongCatError(
-                f"'{_short(path)}' is damaged or was not downloaded completely ({error}). Download this file again.",
-                f"“{_short(path)}”已损坏或下载不完整（{error}）。请重新下载该文件。",
-            ) from error
+            raise damaged(path, error) from error
     return tensors
 
 
 def _float_shape(file: Any, key: str) -> torch.Size:
     part = file.get_slice(key)
-    if part.get_dtype() not in _FLOATS:
-        raise LongCatError(
-            f"The weight '{key}' is stored as {part.get_dtype()}, which is a quantised or foreign format. Expected one "
-            f"of {', '.join(_FLOATS)}: use the official weights and choose the precision in LongCatLoader.",
-            f"权重“{key}”以 {part.get_dtype()} 存储，属于量化或其他格式，应为 {', '.join(_FLOATS)} 之一。"
-            "请使用官方权重，并在 LongCatLoader 中选择精度。",
-        )
+    if part.get_dtype() not in FLOATS:
+        raise foreign_format(key, part.get_dtype())
     return torch.Size(part.get_shape())
 
 
@@ -262,7 +287,12 @@ def _visible_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
 
 
-def _require_tokenizer(folder: Path) -> None:
+def require_tokenizer(folder: Path) -> None:
+    """Refuse a folder without a whole tokenizer.
+
+    Raises:
+        LongCatError: a file is missing.
+    """
     if any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
         return
     wanted = " / ".join(" + ".join(names) for names in TOKENIZER_FILES)

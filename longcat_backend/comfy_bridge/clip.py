@@ -112,7 +112,8 @@ def _load_encoder(
         replace_linears(model, lambda name, layer: castable(layers, layer, dtype))
 
     def convert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return kitchen.quantise(weights, _COMPONENT, preset, dtype) if packed else weights
+        stored = checkpoint.quantised(_COMPONENT, preset.format)
+        return kitchen.quantise(weights, _COMPONENT, preset, dtype, stored) if packed else weights
 
     encoder = load_text_encoder(checkpoint, tokenizer, dtype, prepare, convert)
     if packed:

@@ -72,6 +72,7 @@ def quantise(
     component: str,
     preset: Preset,
     dtype: torch.dtype,
+    stored: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, torch.Tensor]:
     """Weights under the keys of ComfyUI's quantised layers; those that the preset leaves alone are cast.
@@ -81,19 +82,30 @@ def quantise(
     Args:
         weights: a component's tensors, by the names of the layers that they will be loaded into.
         dtype: of the tensors that are not quantised, and of the computation.
+        stored: weights that the checkpoint already holds in the preset's format, see
+            :meth:`checkpoints.Checkpoint.quantised`; they are taken as they are.
         progress: called with (layers done, layers in all).
     """
-    device = comfy.model_management.get_torch_device()
     chosen = _chosen(weights, component)
-    quantised = {key: value.to(dtype) for key, value in weights.items() if key not in chosen}
-    layout = QUANT_ALGOS[preset.format]["comfy_tensor_layout"]
+    stored = stored or {}
+    quantised = {key: weights[key].to(dtype) for key in weights if key not in chosen}
     for done, key in enumerate(sorted(chosen)):
-        weight = weights[key].to(device=device, dtype=dtype)
-        packed = QuantizedTensor.from_float(weight, layout, **_QUANTISE[preset.format])
-        quantised.update({name: value.cpu() for name, value in packed.state_dict(key).items()})
-        quantised[f"{key.removesuffix('weight')}comfy_quant"] = _marker(preset.format)
+        quantised.update(stored[key] if key in stored else pack(key, weights[key], preset, dtype))
         progress(done + 1, len(chosen))
     return quantised
+
+
+def pack(key: str, weight: torch.Tensor, preset: Preset, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """One weight in the preset's format with its companions, on the CPU, by the keys that they have in a file.
+
+    Args:
+        dtype: in which the weight is quantised.
+    """
+    layout = QUANT_ALGOS[preset.format]["comfy_tensor_layout"]
+    on_device = weight.to(device=comfy.model_management.get_torch_device(), dtype=dtype)
+    packed = QuantizedTensor.from_float(on_device, layout, **_QUANTISE[preset.format])
+    tensors = {name: value.cpu() for name, value in packed.state_dict(key).items()}
+    return {**tensors, f"{key.removesuffix('weight')}comfy_quant": _marker(preset.format)}
 
 
 def verify(model: nn.Module, component: str, preset: Preset) -> None:

@@ -10,6 +10,7 @@ import torch
 from longcat_pack.longcat_backend import checkpoints, transformer
 from longcat_pack.longcat_backend.comfy_bridge import core_engine
 from longcat_pack.longcat_backend.errors import LongCatError
+from longcat_pack.longcat_backend.precision import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def checkpoint(folder: Path) -> checkpoints.Checkpoint:
 
 
 def loaded_weights(checkpoint: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:
-    return core_engine.load(checkpoint, torch.float32).model.diffusion_model.state_dict()
+    return core_engine.load(checkpoint, torch.float32, PRESETS["fp32"]).model.diffusion_model.state_dict()
 
 
 def test_dynamic_vram_loads_the_same_weights(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,13 +44,13 @@ def test_a_key_that_the_class_lacks_or_wants_is_an_error(
     convert = core_engine.convert
 
     def changed(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        converted = convert(weights)
+        converted = dict(convert(weights))
         value = converted.pop("time_in.in_layer.weight") if change == "missing" else torch.zeros(1)
         return converted if change == "missing" else {**converted, "foreign.weight": value}
 
     monkeypatch.setattr(core_engine, "convert", changed)
     with pytest.raises(LongCatError, match="time_in.in_layer.weight" if change == "missing" else "foreign.weight"):
-        core_engine.load(checkpoint, torch.float32)
+        core_engine.load(checkpoint, torch.float32, PRESETS["fp32"])
 
 
 def test_the_halves_of_the_last_modulation_are_swapped(checkpoint: Any) -> None:

@@ -44,6 +44,15 @@ class Checkpoint(ABC):
     def shapes(self, component: str) -> dict[str, torch.Size]:
         """The shape of every tensor of a component, from the headers of its files alone."""
 
+    def quantised(self, component: str, quantisation: str) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Weights that are stored quantised in ComfyUI's format of that name, with their companions.
+
+        Returns:
+            By the key that the weight has in ComfyUI's class, or in the bare text model: the tensors that ComfyUI's
+            quantised layer loads.
+        """
+        return {}
+
     @abstractmethod
     def tokenizer_folder(self) -> AbstractContextManager[Path]:
         """A folder with the tokenizer's files, there as long as the context lasts."""

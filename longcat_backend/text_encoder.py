@@ -1,8 +1,8 @@
 """Qwen2.5-VL as LongCat-Image's text encoder: the decoder layers only, at the official positions."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +19,6 @@ from .errors import LongCatError
 _LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 _OTHER_PARTS = ("visual.", "model.visual.", "lm_head.")
 _PAD_POSITION = 1
-
-_T = TypeVar("_T")
 
 
 class HostEmbedding(nn.Module):
@@ -140,7 +138,8 @@ def load_text_encoder(
         )
     model = empty_text_model(checkpoint.configs["text_encoder"])
     prepare(model)
-    weights = {key: value.to(dtype) for key, value in language_weights(checkpoint.weights("text_encoder")).items()}
+    stored = checkpoint.weights("text_encoder")
+    weights = {name: stored[key].to(dtype) for name, key in language_keys(stored).items()}
     model.embed_tokens = HostEmbedding(weights.pop("embed_tokens.weight"))
     model.load_state_dict(convert(weights), assign=True)
     _compute_buffers(model, model.config)
@@ -169,16 +168,17 @@ def audited_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
         LongCatError: see :func:`empty_text_model`, :func:`checkpoints.read_shapes` and :func:`checkpoints.audit`.
     """
     expected = shapes(empty_text_model(checkpoint.configs["text_encoder"]).state_dict())
-    found = language_weights(checkpoint.shapes("text_encoder"))
+    stored = checkpoint.shapes("text_encoder")
+    found = {name: stored[key] for name, key in language_keys(stored).items()}
     audit("text_encoder", expected, found)
     return found
 
 
-def language_weights(weights: Mapping[str, _T]) -> dict[str, _T]:
-    """The decoder's entries under the names of the bare text model; the output head and vision tower are left out."""
-    kept = {key: value for key, value in weights.items() if not key.startswith(_OTHER_PARTS)}
+def language_keys(keys: Iterable[str]) -> dict[str, str]:
+    """The decoder's keys in the bare text model to those given; output head and vision tower are left out."""
+    kept = [key for key in keys if not key.startswith(_OTHER_PARTS)]
     prefix = next((p for p in _LANGUAGE_PREFIXES if f"{p}embed_tokens.weight" in kept), "")
-    return {key.removeprefix(prefix): value for key, value in kept.items()}
+    return {key.removeprefix(prefix): key for key in kept}
 
 
 def _compute_buffers(model: Qwen2_5_VLTextModel, config: Any) -> None:

@@ -102,7 +102,7 @@ def audited_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
     return found
 
 
-def audited_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def audited_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
     """The transformer's tensors under their official names; audited before the first one is read.
 
     Raises:

@@ -54,7 +54,7 @@ def verify(checkpoint: Checkpoint) -> None:
         LongCatError: the first thing that is wrong, by the name of the part.
     """
     for part, config in checkpoint.configs.items():
-        _check_values(part, config)
+        check_values(part, config)
     build("scheduler", lambda: _check_scheduler(checkpoint.configs["scheduler"]))
     transformer.audited_shapes(checkpoint)
     text_encoder.audited_shapes(checkpoint)
@@ -75,7 +75,12 @@ def vae_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
     return shapes(build("vae", empty))
 
 
-def _check_values(part: str, config: Mapping[str, Any]) -> None:
+def check_values(part: str, config: Mapping[str, Any]) -> None:
+    """Refuse values that no module of LongCat-Image can be built with.
+
+    Raises:
+        LongCatError: a value is missing or senseless.
+    """
     absent = [key for key in REQUIRED.get(part, ()) if key not in config]
     if absent:
         raise _bad_config(part, f"it lacks {', '.join(absent)}", f"缺少 {', '.join(absent)}")

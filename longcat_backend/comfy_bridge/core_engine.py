@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import comfy.model_base
-import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -15,7 +14,7 @@ import torch
 from comfy.ldm.flux.layers import timestep_embedding
 from torch.nn import functional
 
-from .. import flow, transformer
+from .. import flow, layouts, transformer
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
 from ..modulation import ModulationTable, is_modulation
@@ -42,7 +41,8 @@ def load(
     model = _empty_model(checkpoint, dtype, preset, device)
     table = _tabulate(model, dtype) if tabulate else None
     if preset.backend:
-        weights = kitchen.quantise(weights, "transformer", preset, dtype)
+        stored = checkpoint.quantised("transformer", preset.format)
+        weights = kitchen.quantise(weights, "transformer", preset, dtype, stored)
     else:
         weights = {key: value.to(dtype) for key, value in weights.items()}
     # Assigned, not copied: with dynamic VRAM the layers have no storage yet, and the others need none of their own.
@@ -77,20 +77,12 @@ def _tabulate(model: comfy.model_base.LongCatImage, dtype: torch.dtype) -> Modul
     return table
 
 
-def convert(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Official names and layouts to those of ComfyUI's class.
+def convert(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Official names and layouts to those of ComfyUI's class, each tensor when it is asked for.
 
-    Core's own converter fuses q, k and v and swaps the halves of ``norm_out``, but knows the time embedding only
-    by Flux's name. Without the renaming it loads a model with a random time embedding.
+    Core's own converter knows the time embedding only by Flux's name, and so loads a model with a random one.
     """
-    renamed = {
-        f"time_text_embed.{key.removeprefix('time_embed.')}" if key.startswith("time_embed.") else key: value
-        for key, value in weights.items()
-    }
-    for key in ("norm_out.linear.weight", "norm_out.linear.bias"):
-        renamed[key] = renamed[key].clone()  # core writes the swapped halves into the tensor it is given
-    converted: dict[str, torch.Tensor] = comfy.model_detection.convert_diffusers_mmdit(renamed, "")
-    return converted
+    return layouts.to_core(weights)
 
 
 def class_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,21 @@ from .precision import PRESETS, Preset
 
 FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 DOUBLE = frozenset({torch.float64, torch.complex128})
+# What products in a format need.
+_KERNELS = {
+    "float8_e4m3fn": (
+        "products of 8-bit floats need NVIDIA Ada or newer, or AMD RDNA4 or MI350",
+        "8 位浮点乘法需要 NVIDIA Ada 或更新的显卡，或 AMD RDNA4、MI350",
+    ),
+    "int8_tensorwise": (
+        "comfy-kitchen's int8 kernels need PyTorch for CUDA 13, or ComfyUI's --enable-triton-backend",
+        "comfy-kitchen 的 int8 内核需要 CUDA 13 版 PyTorch，或 ComfyUI 的 --enable-triton-backend",
+    ),
+    "float8_dynamic_rowwise": (
+        "products of 8-bit floats scaled by row need NVIDIA Ada or newer, or AMD MI300 or newer",
+        "按行缩放的 8 位浮点乘法需要 NVIDIA Ada 或更新的显卡，或 AMD MI300 或更新的显卡",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -26,24 +41,13 @@ class DevicePolicy:
     fp16: bool
     bf16_storage: bool  # tensors of it can exist there
     float64: bool
-    fp8_products: bool  # has matrix products of 8-bit floats
-    int8_products: bool
-    torchao_fp8: bool  # torchao's row-wise products of 8-bit floats run on it
+    products: frozenset[str]  # the formats of presets that it multiplies in, see precision.Preset.format
     non_blocking: bool  # copies that do not wait are correct and worth it
 
     @property
     def pinned(self) -> bool:
         """Whether page-locked host memory speeds up copies to the device."""
         return self.kind in ("cuda", "rocm") and self.non_blocking
-
-    @property
-    def emulated(self) -> frozenset[str]:
-        """Formats of kitchen presets (see :class:`precision.Preset`) that it stores but cannot multiply in.
-
-        Such weights take 8 bits and are cast to the compute dtype when they are used.
-        """
-        lacking = {"float8_e4m3fn": not self.fp8_products, "int8_tensorwise": not self.int8_products}
-        return frozenset(name for name, is_lacking in lacking.items() if is_lacking)
 
     def compute_dtype(self, component: str) -> torch.dtype:
         """The dtype that the device computes a component in, if nothing else is asked for: bf16 where it can.
@@ -63,41 +67,41 @@ class DevicePolicy:
             return self.kind not in ("mps", "other")
         return dtype != torch.bfloat16 or self.bf16_storage
 
-    def supports(self, preset: Preset) -> bool:
-        """Whether a component can be loaded and run in a preset on the device."""
-        return self._obstacle(preset) is None
+    def supports(self, preset: Preset, weight_only: bool = True) -> bool:
+        """Whether a component can be loaded and run in a preset; see :meth:`require`."""
+        return self._obstacle(preset, weight_only) is None
 
-    def require(self, preset: Preset, among: Iterable[str]) -> None:
+    def require(self, preset: Preset, among: Iterable[str], weight_only: bool = True) -> None:
         """Refuse a preset that the device cannot hold or run.
 
         Args:
-            among: names of the presets that the component has, to name those that the device can hold.
+            among: names of the presets that the component has, to name those that the device can run.
+            weight_only: weights of ComfyUI's formats are unpacked when they are used, so that the device needs no
+                products of them.
 
         Raises:
             LongCatError: with the reason and the alternatives.
         """
-        obstacle = self._obstacle(preset)
+        obstacle = self._obstacle(preset, weight_only)
         if obstacle is None:
             return
-        others = ", ".join(name for name in among if self.supports(PRESETS[name]))
+        others = ", ".join(name for name in among if self.supports(PRESETS[name], weight_only))
         raise LongCatError(
             f"The precision '{preset.name}' cannot be used on this device ({self.device}): {obstacle[0]}. "
             f"Choose one of: {others}.",
             f"此设备（{self.device}）不能使用精度“{preset.name}”：{obstacle[1]}。请选择：{others}。",
         )
 
-    def _obstacle(self, preset: Preset) -> tuple[str, str] | None:
+    def _obstacle(self, preset: Preset, weight_only: bool) -> tuple[str, str] | None:
         """Why a preset cannot be used, in both languages."""
         if preset.dtype is not None and not self.holds(preset.dtype):
             return f"it has no {preset.name}", f"该设备没有 {preset.name}"
-        if preset.backend == "torchao" and not self.torchao_fp8:
-            return (
-                "torchao's 8-bit products need an NVIDIA card of 2022 or later (Ada, Hopper), an AMD MI300 or an "
-                "Intel XPU",
-                "torchao 的 8 位乘法需要 2022 年以后的 NVIDIA 显卡（Ada、Hopper）、AMD MI300 或 Intel XPU",
-            )
-        if preset.format == "float8_e4m3fn" and not self.holds(torch.float8_e4m3fn):
+        if preset.format.startswith("float8") and not self.holds(torch.float8_e4m3fn):
             return "it cannot hold 8-bit floats", "该设备不能存放 8 位浮点数"
         if preset.format == "qint4" and self.kind == "mps":
             return "quanto would have to compile its 4-bit kernel with Xcode", "quanto 需要用 Xcode 编译 4 位内核"
+        # ComfyUI's formats have reference kernels for the CPU; elsewhere they would be slower than plain weights.
+        optional = preset.backend == "kitchen" and (weight_only or self.kind == "cpu")
+        if preset.format in _KERNELS and preset.format not in self.products and not optional:
+            return _KERNELS[preset.format]
         return None

@@ -1,14 +1,13 @@
 """What ComfyUI knows of a device, as a policy."""
 
-from functools import lru_cache
-
 import comfy.model_management as host
+import comfy_kitchen
 import torch
 
 from ..devices import DevicePolicy
 
-_TORCHAO_ROCM = ("gfx94", "gfx95")  # MI300 and MI350
-_TORCHAO_CUDA = (8, 9)
+_ADA = (8, 9)
+_INSTINCT = ("gfx94", "gfx95")  # MI300 and MI350
 _MACOS_WITH_BF16 = (14,)
 
 
@@ -23,9 +22,7 @@ def policy(device: torch.device | None = None) -> DevicePolicy:
         fp16=bool(host.should_use_fp16(chosen, prioritize_performance=False)),
         bf16_storage=not (kind == "other" or (kind == "mps" and host.mac_version() < _MACOS_WITH_BF16)),
         float64=bool(host.supports_fp64(chosen)),
-        fp8_products=kind in ("cuda", "rocm") and bool(host.supports_fp8_compute(chosen)),
-        int8_products=_multiplies_int8(chosen),
-        torchao_fp8=_runs_torchao_fp8(chosen, kind),
+        products=_products(chosen, kind),
         non_blocking=kind != "cpu" and bool(host.device_supports_non_blocking(chosen)),
     )
 
@@ -36,21 +33,19 @@ def _kind(device: torch.device) -> str:
     return device.type if device.type in ("xpu", "mps", "cpu") else "other"
 
 
-@lru_cache
-def _multiplies_int8(device: torch.device) -> bool:
-    """Asked of torch itself: MPS and some old cards have no kernel, and later releases of torch bring more."""
-    matrix = torch.zeros(32, 32, dtype=torch.int8, device=device)
-    try:
-        torch._int_mm(matrix, matrix)
-    except (NotImplementedError, RuntimeError):
-        return False
-    return True
+def _products(device: torch.device, kind: str) -> frozenset[str]:
+    runs = {
+        "float8_e4m3fn": kind in ("cuda", "rocm") and host.supports_fp8_compute(device),
+        "int8_tensorwise": comfy_kitchen.registry.get_capable_backend("int8_linear") != "eager",
+        "float8_dynamic_rowwise": _scales_fp8_by_row(device, kind),
+    }
+    return frozenset(name for name, does in runs.items() if does and kind != "cpu")
 
 
-def _runs_torchao_fp8(device: torch.device, kind: str) -> bool:
+def _scales_fp8_by_row(device: torch.device, kind: str) -> bool:
     if kind == "cuda":
-        return torch.cuda.get_device_capability(device) >= _TORCHAO_CUDA
+        return torch.cuda.get_device_capability(device) >= _ADA
     if kind == "rocm":
         architecture: str = torch.cuda.get_device_properties(device).gcnArchName
-        return architecture.startswith(_TORCHAO_ROCM)
-    return kind == "xpu"
+        return architecture.startswith(_INSTINCT)
+    return False

@@ -1,6 +1,7 @@
 """What each kind of device is given, and what it is spared."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,25 +10,24 @@ from longcat_pack.longcat_backend.devices import DevicePolicy
 from longcat_pack.longcat_backend.errors import LongCatError
 from longcat_pack.longcat_backend.precision import ENCODER_PRESETS, ENGINE_PRESETS, PRESETS
 
+KITCHEN = {"float8_e4m3fn", "int8_tensorwise"}
 
-def device(kind: str, **facts: bool) -> DevicePolicy:
+
+def device(kind: str, **facts: Any) -> DevicePolicy:
     """A current device of a kind."""
-    gpu = kind in ("cuda", "rocm", "xpu")
     known = {
         "bf16": kind != "cpu",
         "fp16": kind != "cpu",
         "bf16_storage": True,
         "float64": kind not in ("mps", "xpu"),
-        "fp8_products": kind == "cuda",
-        "int8_products": kind != "mps",
-        "torchao_fp8": gpu,
+        "products": frozenset({*KITCHEN, "float8_dynamic_rowwise"}) if kind == "cuda" else frozenset(),
         "non_blocking": kind in ("cuda", "rocm"),
     }
     return DevicePolicy(torch.device("cuda" if kind == "rocm" else kind), kind, **{**known, **facts})
 
 
 KINDS = ("cuda", "rocm", "xpu", "mps", "cpu")
-TURING = device("cuda", bf16=False, fp8_products=False, torchao_fp8=False)
+TURING = device("cuda", bf16=False, products=frozenset({"int8_tensorwise"}))
 
 
 @pytest.mark.parametrize(
@@ -60,16 +60,27 @@ def test_float32_and_whole_numbers_are_held_everywhere() -> None:
         assert all(device(kind).holds(dtype) for dtype in (torch.float32, torch.float16, torch.int64, torch.uint8))
 
 
-def supported(policy: DevicePolicy) -> set[str]:
-    return {name for name, preset in PRESETS.items() if policy.supports(preset)}
+def supported(policy: DevicePolicy, weight_only: bool = True) -> set[str]:
+    return {name for name, preset in PRESETS.items() if policy.supports(preset, weight_only)}
 
 
 def test_presets_of_each_kind() -> None:
     everything = set(PRESETS)
-    assert supported(device("cuda")) == supported(device("rocm")) == supported(device("xpu")) == everything
-    assert supported(TURING) == supported(device("cpu")) == everything - {"fp8-torchao"}
+    assert supported(device("cuda")) == everything
+    for kind in ("rocm", "xpu", "cpu"):
+        assert supported(device(kind)) == everything - {"fp8-torchao"}
     assert supported(device("mps")) == everything - {"fp8", "fp8-torchao", "int4-quanto"}
     assert supported(device("mps", bf16=False, bf16_storage=False)) == {"fp16", "fp32", "int8", "int8-quanto"}
+
+
+def test_presets_whose_formats_have_to_be_multiplied() -> None:
+    everything = set(PRESETS)
+    assert supported(device("cuda"), weight_only=False) == everything
+    assert supported(TURING, weight_only=False) == everything - {"fp8", "fp8-torchao"}
+    assert supported(device("cpu"), weight_only=False) == everything - {"fp8-torchao"}
+    plain = {"bf16", "fp16", "fp32", "int8-quanto"}
+    assert supported(device("xpu"), weight_only=False) == plain | {"int4-quanto"}
+    assert supported(device("mps"), weight_only=False) == plain
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8-torchao", "int4-quanto"])
@@ -92,12 +103,6 @@ def test_every_component_has_a_preset_on_every_device() -> None:
             for name in supported(device(kind)) & set(presets):
                 device(kind).require(PRESETS[name], presets)
             assert {"bf16", "fp32"} <= supported(device(kind))
-
-
-def test_formats_that_are_stored_but_not_multiplied() -> None:
-    assert device("cuda").emulated == frozenset()
-    assert TURING.emulated == {PRESETS["fp8"].format}
-    assert device("mps").emulated == {PRESETS["fp8"].format, PRESETS["int8"].format}
 
 
 def test_pinned_memory_only_where_copies_run_beside_the_computation() -> None:

@@ -221,7 +221,7 @@ def vae_shapes_to_official(shapes: Mapping[str, torch.Size]) -> dict[str, torch.
 def _layers(keys: Iterable[str], side: int) -> dict[str, tuple[str, ...]]:
     """Layers of ComfyUI's class to official layers, for the blocks that the keys of one side name."""
     keys = list(keys)
-    layers = dict(_OUTSIDE)
+    layers: dict[str, tuple[str, ...]] = dict(_OUTSIDE)
     for *stems, block in _BLOCKS:
         pattern = re.compile(rf"{stems[side]}\.(\d+)\.")
         indices = {match[1] for match in map(pattern.match, keys) if match}

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .. import prompts
+from .. import prompts, quantisation
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
 from ..precision import Preset
 from ..text_encoder import TextEncoder, check_characters, load_text_encoder, load_tokenizer
-from . import kitchen, patchers
+from . import formats, host, kitchen, patchers
 from .castable import castable, replace_linears
 
 # The key under which ComfyUI's own LongCat encoder hands over its tokens.
@@ -93,6 +93,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset) -> comfy.sd
     clip = comfy.sd.CLIP(target, model_options={"dtype": dtype}, disable_dynamic=True)
     make = patchers.whole_patcher if preset.backend == "quanto" else patchers.castable_patcher
     clip.patcher = patchers.like(clip.patcher, make)
+    formats.attach_source(clip.patcher, checkpoint)
     return clip
 
 
@@ -101,9 +102,7 @@ def _load_encoder(
 ) -> TextEncoder:
     if preset.backend == "quanto":
         encoder = load_text_encoder(checkpoint, tokenizer, dtype)
-        from .. import quantisation
-
-        quantisation.quantise(encoder.model, _COMPONENT, preset, comfy.model_management.text_encoder_device())
+        quantisation.quantise(encoder.model, _COMPONENT, preset, comfy.model_management.text_encoder_device(), host.progress())
         return encoder
     packed = preset.backend == "kitchen"
     layers = kitchen.operations(dtype, preset, weight_only=True) if packed else comfy.ops.manual_cast

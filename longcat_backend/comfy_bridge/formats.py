@@ -13,6 +13,7 @@ from ..checkpoints import Checkpoint
 from ..errors import LongCatError
 
 _ATTACHMENT = "longcat_scheduler"
+_SOURCE = "longcat_checkpoint"
 
 
 def configure(config: comfy.supported_models_base.BASE, checkpoint: Checkpoint) -> None:
@@ -24,8 +25,20 @@ def configure(config: comfy.supported_models_base.BASE, checkpoint: Checkpoint) 
 
 
 def attach(patcher: comfy.model_patcher.ModelPatcher, checkpoint: Checkpoint) -> None:
-    """Let the scheduler config travel with the MODEL, through clones too."""
+    """Let the scheduler config and the source travel with the MODEL, through clones too."""
     patcher.set_attachments(_ATTACHMENT, dict(checkpoint.configs["scheduler"]))
+    attach_source(patcher, checkpoint)
+
+
+def attach_source(patcher: comfy.model_patcher.ModelPatcher, checkpoint: Checkpoint) -> None:
+    """Let a MODEL, CLIP or VAE know what it was loaded from: its configs, and where its files were."""
+    patcher.set_attachments(_SOURCE, checkpoint)
+
+
+def source(patcher: comfy.model_patcher.ModelPatcher) -> Checkpoint | None:
+    """The checkpoint that a component was loaded from; None if core's own loader brought it."""
+    checkpoint: Checkpoint | None = patcher.get_attachment(_SOURCE)
+    return checkpoint
 
 
 def scheduler_config(patcher: comfy.model_patcher.ModelPatcher | None) -> Mapping[str, Any]:

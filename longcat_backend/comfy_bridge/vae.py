@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.diffusers_convert
 import comfy.sd
 import torch
 
-from .. import latents
+from .. import latents, layouts
 from ..checkpoints import Checkpoint, audit
 from ..errors import LongCatError
 from ..verification import vae_shapes
+from . import formats
 
 # FLUX's VAE, which the official checkpoints carry; for a VAE that core's own loader brought.
 DEFAULT_SCALING = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
@@ -25,11 +25,11 @@ def load(checkpoint: Checkpoint) -> comfy.sd.VAE:
     """
     config = checkpoint.configs["vae"]
     audit("vae", vae_shapes(config), checkpoint.shapes("vae"))
-    weights = checkpoint.weights("vae")
-    converted = comfy.diffusers_convert.convert_vae_state_dict(weights)
+    converted = layouts.vae_to_single_file(checkpoint.weights("vae"))
     vae = comfy.sd.VAE(sd={**_identity_convolutions(config, converted), **converted}, config=class_config(config))
     vae.latent_channels = config["latent_channels"]
     setattr(vae, _SCALING, {key: config[key] for key in DEFAULT_SCALING})
+    formats.attach_source(vae.patcher, checkpoint)
     return vae
 
 

@@ -90,8 +90,8 @@ def did_not_take(preset: Preset, component: str, plain: Sequence[str], layers: i
     """The error for a quantisation that left layers as they were; ``layers`` of them should have changed."""
     some = ", ".join(plain[:3]) or "-"
     return LongCatError(
-        f"The precision '{preset.name}' did not take on '{component}': {len(plain)} of {layers} layers still hold plain "
-        f"weights ({some}). Use the pack with the library versions of its requirements.txt, or choose bf16.",
+        f"The precision '{preset.name}' did not take on '{component}': {len(plain)} of {layers} layers still hold "
+        f"plain weights ({some}). Use the pack with the library versions of its requirements.txt, or choose bf16.",
         f"精度“{preset.name}”未能应用到“{component}”：{layers} 层中有 {len(plain)} 层仍是普通权重（{some}）。"
         "请按本节点包的 requirements.txt 安装依赖版本，或选择 bf16。",
     )

@@ -1,22 +1,83 @@
 """LongCatLoader."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..longcat_backend import checkpoints, precision
-from ..longcat_backend.comfy_bridge import host, loading
+from ..longcat_backend.comfy_bridge import auto, host, loading
+from ..longcat_backend.comfy_bridge.report import report
 from ..longcat_backend.errors import LongCatError
+from ..longcat_backend.memory import GroupOffload
 
 CATEGORY = "LongCat-Image"
 
 
-def _precision_input(name: str, part: str) -> io.Combo.Input:
-    return io.Combo.Input(
-        name,
-        options=list(precision.CHOICES),
-        default=precision.AUTO,
-        tooltip=f"Number format of the {part}. auto: the best that this device computes in (bf16 on recent GPUs).",
+GROUP_OFFLOAD = "group offload"
+MODEL_PRECISION = (
+    "Number format of the transformer. auto: the exact one that this device computes in best (bf16 on recent GPUs). "
+    "fp8, int8: half the memory, computed in 8 bits (engine core). int8-quanto, int4-quanto: less memory, slower; "
+    "fp8-torchao: computed in fp8 (engine diffusers)."
+)
+ENCODER_PRECISION = (
+    "Number format of the text encoder. auto: bf16, or fp32 on a device without it. fp8, int8, int8-quanto: half "
+    "the memory; each weight is unpacked when it is used."
+)
+
+
+def _precision_input(name: str, choices: Sequence[str], tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input(name, options=[precision.AUTO, *choices], default=precision.AUTO, tooltip=tooltip)
+
+
+def _engine_input() -> io.DynamicCombo.Input:
+    choices = {precision.AUTO: tuple(precision.PRESETS), **precision.ENGINE_PRESETS}
+    return io.DynamicCombo.Input(
+        "engine",
+        options=[
+            io.DynamicCombo.Option(name, [_precision_input("precision", names, MODEL_PRECISION)])
+            for name, names in choices.items()
+        ],
+        tooltip="Who runs the transformer. core: ComfyUI's own class, with its LoRA loader and patches. diffusers: "
+        "the reference implementation. auto: core, unless the precision or offload belongs to diffusers.",
+    )
+
+
+def _offload_input() -> io.DynamicCombo.Input:
+    return io.DynamicCombo.Input(
+        "offload",
+        options=[
+            io.DynamicCombo.Option(precision.AUTO, []),
+            io.DynamicCombo.Option(
+                GROUP_OFFLOAD,
+                [
+                    io.Combo.Input(
+                        "level",
+                        options=["block", "leaf"],
+                        tooltip="What comes to the GPU at a time: blocks of the transformer, or single layers.",
+                    ),
+                    io.Int.Input(
+                        "blocks_per_group",
+                        default=1,
+                        min=1,
+                        max=30,
+                        tooltip="Blocks that come at a time, at level block and without stream.",
+                    ),
+                    io.Boolean.Input(
+                        "stream", default=True, tooltip="Copy the next group while this one computes (CUDA)."
+                    ),
+                    io.Combo.Input(
+                        "host_memory",
+                        options=["pinned", "low", "disk"],
+                        tooltip="Where the weights wait. pinned: page-locked memory, fastest. low: ordinary memory. "
+                        "disk: files in ComfyUI's temp folder.",
+                    ),
+                ],
+            ),
+        ],
+        tooltip="How the transformer gets by with less GPU memory than it has weights. auto: ComfyUI keeps as much on "
+        "the GPU as fits and streams the rest. group offload: diffusers' own, for the diffusers engine.",
+        optional=True,
     )
 
 
@@ -39,34 +100,38 @@ class LongCatLoader(io.ComfyNode):
                     options=sorted(checkpoints.list_checkpoints(host.checkpoint_roots())),
                     tooltip="The checkpoint folder. Demo checkpoints that come with the pack are listed too.",
                 ),
-                io.DynamicCombo.Input(
-                    "engine",
-                    options=[
-                        io.DynamicCombo.Option(name, [_precision_input("precision", "transformer")])
-                        for name in (precision.AUTO, *loading.ENGINES)
-                    ],
-                    tooltip="Who runs the transformer. core: ComfyUI's own class, with its memory management, LoRA "
-                    "loader and patches. diffusers: the reference implementation. auto: core.",
+                _engine_input(),
+                _precision_input("text_encoder_precision", precision.ENCODER_PRESETS, ENCODER_PRECISION),
+                _offload_input(),
+                io.Boolean.Input(
+                    "modulation_table",
+                    default=True,
+                    optional=True,
+                    tooltip="Keep the 27 % of the transformer that depend on the noise level alone on the CPU, behind "
+                    "a table of their results. Changes no bit of the picture, and saves 3.2 GiB of GPU memory.",
                 ),
-                _precision_input("text_encoder_precision", "text encoder"),
             ],
             outputs=[
                 io.Model.Output(tooltip="The transformer, for every node that takes a MODEL."),
                 io.Clip.Output(tooltip="The text encoder and tokenizer."),
                 io.Vae.Output(tooltip="Turns pictures into latents and back."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Where each part lives, its format and size, and the estimated peak for some sizes.",
+                ),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None, engine: Any = None) -> bool | str:
-        """Whether the name stands for a LongCat-Image folder that can be loaded; a sentence if not."""
+    def validate_inputs(cls, checkpoint: str | None, engine: Any = None, offload: Any = None) -> bool | str:
+        """Whether the settings make sense and the name stands for a folder that can be loaded; a sentence if not."""
         if not isinstance(engine, dict):  # ComfyUI leaves out a dynamic input whose value it does not know
             known = ", ".join((precision.AUTO, *loading.ENGINES))
             return f"There is no such engine. Choose one of: {known}.\n没有这个引擎。请选择：{known}。"
-        if checkpoint is None:  # comes from another node
-            return True
         try:
-            loading.verify(checkpoint)
+            auto.engine(engine["engine"], engine["precision"], _group_offload(offload))
+            if checkpoint is not None:  # else it comes from another node
+                loading.verify(checkpoint)
         except LongCatError as error:
             return str(error)
         return True
@@ -77,9 +142,32 @@ class LongCatLoader(io.ComfyNode):
         return checkpoints.fingerprint(loading.find(checkpoint))
 
     @classmethod
-    def execute(cls, checkpoint: str, engine: dict[str, str], text_encoder_precision: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        checkpoint: str,
+        engine: dict[str, str],
+        text_encoder_precision: str,
+        offload: dict[str, Any] | None = None,
+        modulation_table: bool = True,
+    ) -> io.NodeOutput:
         """Load the three parts."""
-        return io.NodeOutput(*loading.load(checkpoint, engine["engine"], engine["precision"], text_encoder_precision))
+        parts = loading.load(
+            checkpoint,
+            engine["engine"],
+            engine["precision"],
+            text_encoder_precision,
+            modulation_table,
+            _group_offload(offload),
+        )
+        return io.NodeOutput(*parts, report(*parts))
+
+
+def _group_offload(offload: dict[str, Any] | None) -> GroupOffload | None:
+    if not isinstance(offload, dict) or offload["offload"] == precision.AUTO:
+        return None
+    settings = GroupOffload(offload["level"], offload["blocks_per_group"], offload["stream"], offload["host_memory"])
+    settings.check()
+    return settings
 
 
 NODES = [LongCatLoader]

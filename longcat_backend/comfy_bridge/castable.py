@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..modulation import ModulationTable, is_modulation
+from ..modulation import ModulationTable
 
 Build = Callable[[str, nn.Linear], nn.Module]
 
@@ -55,6 +55,12 @@ class TabulatedLinear(comfy.ops.manual_cast.Linear):  # type: ignore[misc]
         results = [functional.linear(conditioning, weight, bias) for conditioning in inputs]
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return results
+
+    def keep_aside(self) -> None:
+        """Make the weights plain attributes, out of reach for hooks that move parameters one by one."""
+        for name, parameter in list(self._parameters.items()):
+            del self._parameters[name]
+            setattr(self, name, None if parameter is None else parameter.detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Stay on the CPU when the model moves."""

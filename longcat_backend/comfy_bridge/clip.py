@@ -90,7 +90,8 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset) -> comfy.sd
     tokenizer = load_tokenizer(checkpoint)
     model = EncoderModel(_load_encoder(checkpoint, tokenizer, dtype, preset))
     target = comfy.supported_models_base.ClipTarget(tokenizer=lambda **_: Tokenizer(tokenizer), clip=lambda **_: model)
-    clip = comfy.sd.CLIP(target, model_options={"dtype": dtype}, disable_dynamic=True)
+    # No initial device: ComfyUI would load the model with a patcher that is exchanged in the next lines.
+    clip = comfy.sd.CLIP(target, model_options={"dtype": dtype, "initial_device": None}, disable_dynamic=True)
     make = patchers.whole_patcher if preset.backend == "quanto" else patchers.castable_patcher
     clip.patcher = patchers.like(clip.patcher, make)
     formats.attach_source(clip.patcher, checkpoint)
@@ -102,7 +103,9 @@ def _load_encoder(
 ) -> TextEncoder:
     if preset.backend == "quanto":
         encoder = load_text_encoder(checkpoint, tokenizer, dtype)
-        quantisation.quantise(encoder.model, _COMPONENT, preset, comfy.model_management.text_encoder_device(), host.progress())
+        quantisation.quantise(
+            encoder.model, _COMPONENT, preset, comfy.model_management.text_encoder_device(), host.progress()
+        )
         return encoder
     packed = preset.backend == "kitchen"
     layers = kitchen.operations(dtype, preset, weight_only=True) if packed else comfy.ops.manual_cast

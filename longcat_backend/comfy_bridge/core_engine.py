@@ -19,18 +19,25 @@ from ..checkpoints import Checkpoint
 from ..errors import LongCatError
 from ..modulation import ModulationTable, is_modulation
 from ..precision import Preset
-from . import formats, kitchen, patchers
+from . import formats, host, kitchen, patchers
 from .castable import TabulatedLinear
 
 
 def load(
-    checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset, tabulate: bool = True
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    preset: Preset,
+    tabulate: bool = True,
+    dynamic: bool = True,
+    offload: None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """ComfyUI's LongCat class with the checkpoint's weights, as a MODEL.
 
     Args:
         dtype: of the computation, and of every weight that is not quantised.
         tabulate: keep the modulation weights on the CPU, behind a :class:`modulation.ModulationTable`.
+        dynamic: let ComfyUI use dynamic VRAM where it is on.
+        offload: none; :func:`auto.engine` gives group offload to the other engine.
 
     Raises:
         LongCatError: see :func:`transformer.audited_weights` and :mod:`kitchen`; or ComfyUI's class wants other
@@ -42,7 +49,7 @@ def load(
     table = _tabulate(model, dtype) if tabulate else None
     if preset.backend:
         stored = checkpoint.quantised("transformer", preset.format)
-        weights = kitchen.quantise(weights, "transformer", preset, dtype, stored)
+        weights = kitchen.quantise(weights, "transformer", preset, dtype, stored, host.progress())
     else:
         weights = {key: value.to(dtype) for key, value in weights.items()}
     # Assigned, not copied: with dynamic VRAM the layers have no storage yet, and the others need none of their own.
@@ -50,7 +57,7 @@ def load(
     _require_fit(misfits.missing_keys, misfits.unexpected_keys)
     if preset.backend:
         kitchen.verify(model.diffusion_model, "transformer", preset)
-    patcher = patchers.castable_patcher(model, device, comfy.model_management.unet_offload_device())
+    patcher = patchers.castable_patcher(model, device, comfy.model_management.unet_offload_device(), dynamic)
     wrapper = partial(_prepare_step, table)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "longcat_timestep", wrapper)
     return patcher

@@ -1,6 +1,7 @@
 """Engine "diffusers": the transformer of diffusers behind the contract of a ComfyUI MODEL."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import comfy.model_base
@@ -12,12 +13,14 @@ import comfy.supported_models
 import torch
 from torch import nn
 
+from .. import quantisation
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
+from ..memory import GroupOffload
 from ..modulation import ModulationTable, is_modulation
 from ..precision import Preset
 from ..transformer import VelocityModel, load_transformer
-from . import formats, patchers
+from . import formats, host, patchers
 from .castable import TabulatedLinear, castable, replace_linears
 
 
@@ -63,16 +66,24 @@ class DiffusionModel(nn.Module):
 
 
 def load(
-    checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset, tabulate: bool = True
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    preset: Preset,
+    tabulate: bool = True,
+    dynamic: bool = True,
+    offload: GroupOffload | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """The diffusers transformer with the checkpoint's weights, as a MODEL.
 
     Args:
         dtype: of the computation, and of every weight that is not quantised.
         tabulate: keep the modulation weights on the CPU, behind a :class:`modulation.ModulationTable`.
+        dynamic: let ComfyUI use dynamic VRAM where it is on.
+        offload: let diffusers' group offload move the weights, in the place of ComfyUI's memory manager.
 
     Raises:
-        LongCatError: see :func:`transformer.audited_weights` and :func:`quantisation.quantise`.
+        LongCatError: see :func:`transformer.audited_weights`, :func:`quantisation.quantise` and
+            :meth:`memory.GroupOffload.apply`.
     """
     channels = checkpoint.configs["transformer"]["in_channels"] // 4
     config = comfy.supported_models.LongCatImage(
@@ -82,26 +93,36 @@ def load(
     formats.configure(config, checkpoint)
     model = comfy.model_base.LongCatImage(config)
     table = ModulationTable() if tabulate else None
-    velocity = load_transformer(
-        checkpoint, dtype, table, lambda transformer: _prepare(transformer, dtype, preset, table)
-    )
+    plain = bool(preset.backend or offload)  # layers that other libraries quantise or move
+    prepare = partial(_prepare, dtype=dtype, plain=plain, table=table)
+    velocity = load_transformer(checkpoint, dtype, table, prepare)
     model.diffusion_model = DiffusionModel(velocity)
     if table is not None:
         patchers.set_table(model, table)
     device = comfy.model_management.get_torch_device()
-    offload = comfy.model_management.unet_offload_device()
+    unload = comfy.model_management.unet_offload_device()
     if preset.backend:
-        from .. import quantisation
+        quantisation.quantise(velocity.transformer, "transformer", preset, device, host.progress())
+    if offload is not None:
+        _offload_groups(velocity.transformer, device, offload)
+        return patchers.group_patcher(model, device, unload)
+    if preset.backend:
+        return patchers.whole_patcher(model, device, unload)
+    return patchers.castable_patcher(model, device, unload, dynamic)
 
-        quantisation.quantise(velocity.transformer, "transformer", preset, device)
-        return patchers.whole_patcher(model, device, offload)
-    return patchers.castable_patcher(model, device, offload)
+
+def _offload_groups(transformer: nn.Module, device: torch.device, offload: GroupOffload) -> None:
+    for layer in transformer.modules():
+        if isinstance(layer, TabulatedLinear):
+            layer.keep_aside()
+    with torch.inference_mode(False):  # the hooks exchange the storage of parameters
+        offload.apply(transformer, device, host.offload_folder())
 
 
-def _prepare(transformer: nn.Module, dtype: torch.dtype, preset: Preset, table: ModulationTable | None) -> None:
+def _prepare(transformer: nn.Module, dtype: torch.dtype, plain: bool, table: ModulationTable | None) -> None:
     def build(name: str, layer: nn.Linear) -> nn.Module:
         if table is not None and is_modulation(name):
             return TabulatedLinear(name, table, layer, dtype)
-        return layer if preset.backend else castable(comfy.ops.manual_cast, layer, dtype)
+        return layer if plain else castable(comfy.ops.manual_cast, layer, dtype)
 
     replace_linears(transformer, build)

@@ -1,8 +1,12 @@
-"""What the pack asks of its host: a version, and the folders where checkpoints may lie."""
+"""What the pack asks of its host: a version, the folders where checkpoints may lie, and progress bars."""
 
 import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import comfy.model_management
+import comfy.utils
 import comfyui_version
 import folder_paths
 
@@ -38,3 +42,21 @@ def checkpoint_roots() -> list[Path]:
     """Folders below which checkpoints are looked for: the user's, then the bundled demo checkpoints."""
     keys = (MODEL_FOLDER, "diffusers")
     return [Path(root) for key in keys for root in folder_paths.get_folder_paths(key)] + [PACK_ROOT / "demo"]
+
+
+def offload_folder() -> Path:
+    """A new folder where weights may wait on disk: in ComfyUI's temp folder, which it empties when it starts."""
+    temp = Path(folder_paths.get_temp_directory())
+    temp.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="longcat_offload_", dir=temp))
+
+
+def progress() -> Callable[[int, int], None]:
+    """A callable (done, total) that shows progress on the running node, and ends it when the user interrupts."""
+    bar = comfy.utils.ProgressBar(100)
+
+    def show(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return show

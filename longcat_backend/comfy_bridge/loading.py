@@ -1,22 +1,18 @@
 """One checkpoint to MODEL, CLIP and VAE."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import torch
 
 from .. import checkpoints, precision, verification
 from ..checkpoints import Checkpoint
-from ..devices import DevicePolicy
-from ..precision import Preset
-from . import clip, core_engine, devices, diffusers_engine, formats, host, vae
+from ..memory import GroupOffload
+from . import auto, clip, core_engine, devices, diffusers_engine, formats, host, vae
 
 ENGINES = {"core": core_engine.load, "diffusers": diffusers_engine.load}
-DEFAULT_ENGINE = "core"
 
 
 def find(name: str) -> Path:
@@ -46,52 +42,63 @@ def _verify(folder: Path, fingerprint: str) -> None:
 
 
 def load(
-    name: str, engine: str, model_precision: str, encoder_precision: str
+    name: str,
+    engine: str,
+    model_precision: str,
+    encoder_precision: str,
+    tabulate: bool = True,
+    offload: GroupOffload | None = None,
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of a checkpoint.
 
+    Args:
+        engine: a key of ``ENGINES``, or "auto".
+        model_precision, encoder_precision: names of presets, or "auto".
+        tabulate: keep the modulation weights on the CPU, behind a table.
+        offload: let diffusers' group offload move the transformer.
+
     Raises:
-        LongCatError: the checkpoint cannot be found, identified or read, or its weights do not fit its configs.
+        LongCatError: the checkpoint cannot be found, identified or read, its weights do not fit its configs, or the
+            settings contradict each other or the device.
     """
     verify(name)
     checkpoint = checkpoints.open_checkpoint(find(name))
     encoder = load_encoder(checkpoint, encoder_precision)
-    return load_model(checkpoint, engine, model_precision), encoder, vae.load(checkpoint)
+    return load_model(checkpoint, engine, model_precision, tabulate, offload), encoder, vae.load(checkpoint)
 
 
 def load_encoder(checkpoint: Checkpoint, precision_name: str) -> comfy.sd.CLIP:
     """The text encoder of a checkpoint as a CLIP.
 
     Raises:
-        LongCatError: see :func:`clip.load`.
+        LongCatError: see :func:`auto.preset` and :func:`clip.load`.
     """
     policy = devices.policy(comfy.model_management.text_encoder_device())
-    dtype = policy.compute_dtype("text_encoder")
-    preset = _preset(precision_name, precision.ENCODER_PRESETS, dtype, policy)
-    return clip.load(checkpoint, preset.dtype or dtype, preset)
+    preset = auto.preset(checkpoint, "text_encoder", precision_name, precision.ENCODER_PRESETS, policy, tabulate=True)
+    return clip.load(checkpoint, preset.dtype or policy.compute_dtype("text_encoder"), preset)
 
 
 def load_model(
-    checkpoint: Checkpoint, engine: str, model_precision: str, tabulate: bool = True
+    checkpoint: Checkpoint,
+    engine: str,
+    model_precision: str,
+    tabulate: bool = True,
+    offload: GroupOffload | None = None,
+    disable_dynamic: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
     """The transformer of a checkpoint as a MODEL that carries the checkpoint's scheduler config.
 
+    Args:
+        disable_dynamic: for ComfyUI, which asks for a twin without dynamic VRAM where it compiles a model.
+
     Raises:
-        LongCatError: see :func:`core_engine.load` and :func:`diffusers_engine.load`.
+        LongCatError: see :func:`auto.preset`, :func:`core_engine.load` and :func:`diffusers_engine.load`.
     """
-    chosen = DEFAULT_ENGINE if engine == precision.AUTO else engine
+    chosen = auto.engine(engine, model_precision, offload)
     policy = devices.policy()
-    dtype = policy.compute_dtype("transformer")
-    preset = _preset(model_precision, precision.ENGINE_PRESETS[chosen], dtype, policy)
-    patcher = ENGINES[chosen](checkpoint, preset.dtype or dtype, preset, tabulate)
+    preset = auto.preset(checkpoint, "transformer", model_precision, precision.ENGINE_PRESETS[chosen], policy, tabulate)
+    dtype = preset.dtype or policy.compute_dtype("transformer")
+    patcher = ENGINES[chosen](checkpoint, dtype, preset, tabulate, dynamic=not disable_dynamic, offload=offload)
     formats.attach(patcher, checkpoint)
-    patcher.cached_patcher_init = (load_model, (checkpoint, engine, model_precision, tabulate))
+    patcher.cached_patcher_init = (load_model, (checkpoint, chosen, preset.name, tabulate, offload))
     return patcher
-
-
-def _preset(name: str, allowed: Sequence[str], dtype: torch.dtype, policy: DevicePolicy) -> Preset:
-    if name == precision.AUTO:
-        return next(preset for preset in precision.PRESETS.values() if preset.dtype == dtype)
-    preset = precision.preset(name, allowed)
-    policy.require(preset, allowed)
-    return preset

@@ -1,5 +1,6 @@
 """ComfyUI's memory managers for models that are not wholly made of ComfyUI's layers."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -10,20 +11,41 @@ from torch import nn
 
 from ..errors import LongCatError
 from ..modulation import ModulationTable
+from ..quantisation import stored_bytes
 from .castable import TabulatedLinear
 
 _TABLE = "longcat_modulation"
 
 
-def castable_patcher(model: nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
-    """The host's memory manager for a model whose large layers are castable: resident as far as it fits."""
-    base = comfy.model_patcher.ModelPatcher if load_device.type == "cpu" else comfy.model_patcher.CoreModelPatcher
+def castable_patcher(
+    model: nn.Module, load_device: torch.device, offload_device: torch.device, dynamic: bool = True
+) -> Any:
+    """The host's memory manager for a model whose large layers are castable: resident as far as it fits.
+
+    Args:
+        dynamic: use dynamic VRAM where the host does; on a CPU it never does.
+    """
+    static = load_device.type == "cpu" or not dynamic
+    base = comfy.model_patcher.ModelPatcher if static else comfy.model_patcher.CoreModelPatcher
     return _castable_class(base)(model, load_device, offload_device, size=managed_size(model))
 
 
 def whole_patcher(model: nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
     """A manager that moves the model as one piece: quantised layers of other libraries cannot be cast on use."""
-    return _whole_class()(model, load_device, offload_device, size=managed_size(model))
+    tabulated = [layer for layer in model.modules() if isinstance(layer, TabulatedLinear)]
+    size = stored_bytes(model) - sum(stored_bytes(layer) for layer in tabulated)
+    return _whole_class()(model, load_device, offload_device, size=size)
+
+
+def group_patcher(model: nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
+    """A manager that leaves the weights to diffusers' group offload, which has hooked the model."""
+    largest = max((comfy.model_management.module_size(part) for part in _blocks(model)), default=1)
+    return _group_class()(model, load_device, offload_device, size=2 * largest)
+
+
+def is_group_offloaded(patcher: Any) -> bool:
+    """Whether diffusers' group offload owns the model's weights."""
+    return isinstance(patcher, _group_class())
 
 
 def like(patcher: Any, make: Any) -> Any:
@@ -103,6 +125,27 @@ def _whole_class() -> Any:
             return super().add_patches(patches, *args, **kwargs)
 
     return WholePatcher
+
+
+@lru_cache
+def _group_class() -> Any:
+    class GroupPatcher(_whole_class()):  # type: ignore[misc]
+        """Counts as loaded and moves nothing: the weights' only owner is the group offload."""
+
+        def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> None:
+            """Note that the model is in use on the device."""
+            self.model.device = device_to
+            self.model.model_loaded_weight_memory = self.size
+            self.model.current_weight_patches_uuid = self.patches_uuid
+            _sync_table(self.model, self.patches_uuid)
+
+    return GroupPatcher
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    for layer in model.modules():
+        if isinstance(layer, nn.ModuleList):
+            yield from layer
 
 
 def _is_managed(layer: nn.Module, dynamic: bool) -> bool:

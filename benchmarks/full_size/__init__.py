@@ -1,0 +1,1 @@
+"""Pieces of the benchmarks at full size, which need a GPU."""

@@ -1,0 +1,94 @@
+"""What ``auto`` means here and now: engine, precision and residency, from the device and its free memory."""
+
+import logging
+from collections.abc import Sequence
+
+import comfy.model_management
+import torch
+
+from .. import memory, precision
+from ..checkpoints import Checkpoint
+from ..devices import DevicePolicy
+from ..errors import LongCatError
+from ..memory import GroupOffload
+from ..precision import PRESETS, Preset
+from . import kitchen
+
+logger = logging.getLogger(__name__)
+
+_LOSSY = "int8"  # the one that both the core engine and the encoder have kernels for on most cards
+_FILES = {"transformer": "transformer", "text_encoder": "text_encoder"}
+
+
+def engine(chosen: str, precision_name: str, offload: GroupOffload | None) -> str:
+    """The engine of a choice; ``auto`` is core unless the precision or the offload belongs to diffusers (D2).
+
+    Raises:
+        LongCatError: group offload was asked of the core engine.
+    """
+    if chosen == "core" and offload is not None:
+        raise LongCatError(
+            "Group offload belongs to the diffusers engine, but the engine is core. Set engine to auto or diffusers, "
+            "or offload to auto: ComfyUI then streams what does not fit.",
+            "分组卸载属于 diffusers 引擎，但当前引擎为 core。请把引擎设为 auto 或 diffusers，或把卸载设为 auto，"
+            "由 ComfyUI 流式加载放不下的部分。",
+        )
+    if chosen != precision.AUTO:
+        return chosen
+    exclusive = precision_name != precision.AUTO and precision_name not in precision.ENGINE_PRESETS["core"]
+    return "diffusers" if exclusive or offload is not None else "core"
+
+
+def preset(
+    checkpoint: Checkpoint, component: str, name: str, allowed: Sequence[str], policy: DevicePolicy, tabulate: bool
+) -> Preset:
+    """The precision of a choice; what ``auto`` took and why goes to the log in one line.
+
+    Raises:
+        LongCatError: the component or the device does not have it.
+    """
+    if name != precision.AUTO:
+        chosen = precision.preset(name, allowed)
+        policy.require(chosen, allowed)
+        return chosen
+    dtype = policy.compute_dtype(component)
+    exact = next(known for known in PRESETS.values() if known.dtype == dtype)
+    lossy = [PRESETS[_LOSSY]] if _LOSSY in allowed and _has_kernels(PRESETS[_LOSSY], component, policy) else []
+    shapes = {part: checkpoint.shapes(part) for part in _FILES}
+    parts = {
+        known.name: {part: memory.weigh(shapes[part], part, known, dtype, tabulate) for part in _FILES}
+        for known in (exact, *lossy)
+    }
+    totals = {known: sum(part.total for part in weights.values()) for known, weights in parts.items()}
+    host_free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    taken = memory.auto_precision(exact, lossy, totals, host_free)
+    _log(component, taken, parts[taken.name][component], policy.device, host_free)
+    return taken
+
+
+def _has_kernels(lossy: Preset, component: str, policy: DevicePolicy) -> bool:
+    if not policy.supports(lossy):
+        return False
+    try:
+        kitchen.require(lossy, policy.device)
+    except LongCatError:
+        return component == "text_encoder"  # which unpacks its weights anyway
+    return True
+
+
+def _log(component: str, taken: Preset, weights: memory.Weights, device: torch.device, host_free: int) -> None:
+    free = comfy.model_management.get_free_memory(device)
+    residency = "resident" if weights.device <= free else "as much resident as fits, the rest streamed"
+    aside = f", {memory.size(weights.host)} of modulation weights on the host behind a table" if weights.host else ""
+    logger.info(
+        "LongCat-Image auto: %s in %s (%s): %s for %s with %s free, %s%s; the host has %s free",
+        component,
+        taken.name,
+        "exact" if taken.exact else "lossy, as the host cannot hold the exact weights",
+        memory.size(weights.device),
+        device,
+        memory.size(free),
+        residency,
+        aside,
+        memory.size(host_free),
+    )

@@ -26,19 +26,13 @@ _SMALL = (".json", ".txt", ".jinja", ".model")
 _INDEX = ".index.json"
 
 
-def write_rest(
-    folder: Path,
-    pipeline: str,
-    configs: Mapping[str, Mapping[str, Any]],
-    tokenizer: Mapping[str, str],
-    source: Checkpoint | None,
-) -> bool:
+def write_rest(folder: Path, sources: Mapping[str, Checkpoint], tokenizer: Mapping[str, str]) -> bool:
     """Write everything but the weights.
 
     Args:
-        pipeline: the class that ``model_index.json`` names.
-        tokenizer: its files' texts by their names, used where the source has no folder.
-        source: the checkpoint that the parts come from; small files of its folder are copied as they are.
+        sources: for each part with weights the checkpoint that it comes from; small files of its folder are copied
+            as they are.
+        tokenizer: its files' texts by their names, used where the source of the text encoder has no folder.
 
     Returns:
         Whether the processor for pictures, which is not loaded, could be copied, so that the folder is complete.
@@ -46,19 +40,21 @@ def write_rest(
     Raises:
         OSError: a file cannot be written.
     """
-    for part, config in configs.items():
+    for part in (*WEIGHTS, "scheduler"):
+        source = sources["transformer" if part == "scheduler" else part]
         _copy_small(source, part, folder)
-        _write_json(folder / part / _CONFIG_NAMES.get(part, "config.json"), config)
-    if not _copy_small(source, "tokenizer", folder):
+        _write_json(folder / part / _CONFIG_NAMES.get(part, "config.json"), source.configs[part])
+    if not _copy_small(sources["text_encoder"], "tokenizer", folder):
         for name, text in tokenizer.items():
             (folder / "tokenizer" / name).write_text(text, encoding="utf-8", newline="")
-    complete = _copy_small(source, "text_processor", folder)
+    complete = _copy_small(sources["text_encoder"], "text_processor", folder)
     parts = [part for part in _CLASSES if complete or part != "text_processor"]
+    pipeline = sources["transformer"].flavour.pipeline
     _write_json(folder / "model_index.json", {"_class_name": pipeline, **{part: _CLASSES[part] for part in parts}})
     return complete
 
 
-def _copy_small(source: Checkpoint | None, part: str, folder: Path) -> bool:
+def _copy_small(source: Checkpoint, part: str, folder: Path) -> bool:
     """Copy a part's files but its weights and their index; whether there were any."""
     (folder / part).mkdir(parents=True, exist_ok=True)
     there = source.folder / part if isinstance(source, FolderCheckpoint) else None

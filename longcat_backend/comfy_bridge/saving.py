@@ -14,11 +14,11 @@ import folder_paths
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .. import layouts, official_folder, precision, saving, single_files
+from .. import checkpoints, layouts, official_folder, precision, saving, single_files, verification
 from ..errors import LongCatError
 from ..precision import Preset
 from ..saving import Entry
-from . import host, kitchen, loaded_weights
+from . import files, host, kitchen, loaded_weights
 from .loaded_weights import Loaded
 
 FOLDER, FILES = "folder", "comfyui"
@@ -26,11 +26,7 @@ LAYOUTS = (FOLDER, FILES)
 KEEP = "keep"
 PACKED = tuple(name for name, preset in precision.PRESETS.items() if preset.backend == "kitchen")
 PRECISIONS = (KEEP, *precision.PLAIN, *PACKED)
-_KINDS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 _TOKENIZER_TEXTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-# Only files of that name are offered by LongCatLoader.
-_LISTED = "longcat"
-_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -87,11 +83,10 @@ def check(name: str, layout: str, precision_name: str) -> Path:
 
 
 def targets(path: Path) -> dict[str, Path]:
-    """The three files that a name stands for, by part."""
-    name = path.name.removesuffix(_SUFFIX)
-    stem = name if name.lower().startswith(_LISTED) else f"{_LISTED}_{name}"
-    names = {"transformer": stem, "text_encoder": f"{stem}_text_encoder", "vae": f"{stem}_vae"}
-    return {part: _root(kind) / path.parent / (names[part] + _SUFFIX) for part, kind in _KINDS.items()}
+    """The three files that a name stands for, by part; LongCatLoader offers only those called longcat…."""
+    name = path.name.removesuffix(files.SUFFIX)
+    stem = name if name.lower().startswith(files.LISTED) else f"{files.LISTED}_{name}"
+    return {part: _root(kind) / path.parent / files.companion(stem, part) for part, kind in files.KINDS.items()}
 
 
 def _write_folder(
@@ -99,18 +94,17 @@ def _write_folder(
 ) -> list[str]:
     target = _root(host.MODEL_FOLDER) / path
     contents = {part.part: _official(part, precision_name) for part in parts}
-    checkpoint = parts[0].checkpoint
-    configs = {part.part: part.checkpoint.configs[part.part] for part in parts}
+    size = saving.total(list(contents.values()))
     with saving.staged(overwrite) as staging:
         folder = staging.place(target)
-        saving.require_space(target, saving.total(list(contents.values())))
+        saving.require_space(target, size)
         folder.mkdir()
-        rest = {**configs, "scheduler": checkpoint.configs["scheduler"]}
-        complete = official_folder.write_rest(folder, checkpoint.flavour.pipeline, rest, tokenizer, checkpoint)
-        tick = _progress(saving.total(list(contents.values())))
+        complete = official_folder.write_rest(folder, {part.part: part.checkpoint for part in parts}, tokenizer)
+        tick = _progress(size)
         for part, entries in contents.items():
             saving.write_file(folder / official_folder.WEIGHTS[part], entries, {"format": "pt"}, tick)
-    lines = [f"{target}: {_size(saving.total(list(contents.values())))}"]
+        verification.verify(checkpoints.open_checkpoint(folder))
+    lines = [f"{target}: {_size(size)}"]
     lines += [f"{part}: {_dtypes(entries)}" for part, entries in contents.items()]
     missing = "text_processor is missing: the checkpoint's folder that had it is gone. LongCatLoader does not need it."
     return lines if complete else [*lines, missing]
@@ -122,15 +116,17 @@ def _write_files(
     places = targets(path)
     with saving.staged(overwrite) as staging:
         temporary = {part.part: staging.place(places[part.part]) for part in parts}
-        files = [
+        written = [
             _File(places[part.part], _single_file(part, precision_name), _metadata(part, tokenizer)) for part in parts
         ]
-        for file in files:
-            saving.require_space(file.target.parent, saving.total([other.contents for other in files]))
-        tick = _progress(saving.total([file.contents for file in files]))
-        for part, file in zip(parts, files, strict=True):
+        for file in written:
+            saving.require_space(file.target.parent, saving.total([other.contents for other in written]))
+        tick = _progress(saving.total([file.contents for file in written]))
+        for part, file in zip(parts, written, strict=True):
             saving.write_file(temporary[part.part], file.contents, file.metadata, tick)
-    return [f"{file.target}: {_dtypes(file.contents)}, {_size(saving.total([file.contents]))}" for file in files]
+        if len(parts) == len(single_files.PARTS):
+            verification.verify(single_files.open_single_files(temporary, files.tokenizer_folder()))
+    return [f"{file.target}: {_dtypes(file.contents)}, {_size(saving.total([file.contents]))}" for file in written]
 
 
 def _official(part: Loaded, precision_name: str) -> dict[str, Entry]:

@@ -85,7 +85,7 @@ class MpsTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
+        return NotImplemented if _has_strangers(types) else _run(func, args, kwargs or {})
 
 
 class CallMode(TorchFunctionMode):
@@ -121,8 +121,8 @@ class MpsMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if not all(kind in PLAIN or issubclass(kind, MpsTensor) for kind in types):
-            return NotImplemented  # another library's tensor, which holds tensors that will come here
+        if _has_strangers(types):
+            return NotImplemented
         if kwargs.get("device") == BACKING and not self.calls.wants_meta:
             kwargs["device"] = DEVICE  # torch's C++ makes a tensor beside one of ours
         if not _concerns_mps(args, kwargs):
@@ -182,6 +182,11 @@ def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 def _names(value: Any, kind: str) -> bool:
     return isinstance(value, (str, torch.device)) and str(value) == kind
+
+
+def _has_strangers(types: Any) -> bool:
+    """Whether there are other libraries' tensors, whose operations come here for the tensors that they hold."""
+    return not all(kind in PLAIN or issubclass(kind, MpsTensor) for kind in types)
 
 
 def _is_mps(device: Any) -> bool:

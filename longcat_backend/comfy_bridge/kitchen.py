@@ -14,6 +14,7 @@ from torch import nn
 from .. import precision
 from ..errors import LongCatError
 from ..precision import Preset
+from . import devices
 
 # What the layout is asked for: one scale per output channel halves the error of int8 and costs nothing.
 _QUANTISE: dict[str, dict[str, Any]] = {
@@ -101,9 +102,12 @@ def pack(key: str, weight: torch.Tensor, preset: Preset, dtype: torch.dtype) -> 
     Args:
         dtype: in which the weight is quantised.
     """
-    layout = QUANT_ALGOS[preset.format]["comfy_tensor_layout"]
-    on_device = weight.to(device=comfy.model_management.get_torch_device(), dtype=dtype)
-    packed = QuantizedTensor.from_float(on_device, layout, **_QUANTISE[preset.format])
+    algorithm = QUANT_ALGOS[preset.format]
+    policy = devices.policy()
+    # MPS has no 8-bit floats; there they can be made and used on the CPU only, as by an encoder that stays on it.
+    place = policy.device if policy.holds(algorithm["storage_t"]) else torch.device("cpu")
+    on_device = weight.to(device=place, dtype=dtype)
+    packed = QuantizedTensor.from_float(on_device, algorithm["comfy_tensor_layout"], **_QUANTISE[preset.format])
     tensors = {name: value.cpu() for name, value in packed.state_dict(key).items()}
     return {**tensors, f"{key.removesuffix('weight')}comfy_quant": _marker(preset.format)}
 

@@ -15,13 +15,14 @@ from peft import LoraConfig
 from longcat_pack.longcat_backend import checkpoints, latents, rotary
 from longcat_pack.longcat_backend import transformer as backend
 from longcat_pack.longcat_backend.comfy_bridge import clip as clip_bridge
-from longcat_pack.longcat_backend.comfy_bridge import devices, guidance, loading, sampling
+from longcat_pack.longcat_backend.comfy_bridge import devices, guidance, kitchen, loading, sampling
 from longcat_pack.longcat_backend.comfy_bridge import vae as vae_bridge
 from longcat_pack.longcat_backend.devices import DevicePolicy
 from longcat_pack.longcat_backend.errors import LongCatError
 
 ENGINES = ("core", "diffusers")
 NAME = "LongCat-Tiny"
+PROMPT = "红圆, a red circle"
 STEPS = 2
 TOLERANCE = 1e-4
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out"]
@@ -36,11 +37,17 @@ class Run(NamedTuple):
     pixels: torch.Tensor
 
 
+def load(engine: str, precision: str, encoder: str) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE, loaded as in ComfyUI: nodes run in inference mode."""
+    with torch.inference_mode():
+        return loading.load(NAME, engine, precision, encoder)
+
+
 @torch.inference_mode()
 def draw(parts: tuple[Any, Any, Any]) -> Run:
     """A picture after a prompt, with guidance and a reference picture whose size is another."""
     model, clip, vae = parts
-    positive, _ = clip_bridge.encode(clip, "红圆, a red circle")
+    positive, _ = clip_bridge.encode(clip, PROMPT)
     negative, _ = clip_bridge.encode(clip, "")
     picture = vae.encode(torch.linspace(0, 1, 64 * 48 * 3).reshape(1, 64, 48, 3))
     conditioned = [
@@ -104,7 +111,7 @@ def test_the_picture_is_the_cpus(
     """As ComfyUI places things on a Mac, with the encoder on the CPU; and with everything on the device."""
     expected = on_cpu(engine)
     with emulated_mac(monkeypatch, fp32_vae=True, gpu_only=everything_there):
-        parts = loading.load(NAME, engine, "fp32", "fp32")
+        parts = load(engine, "fp32", "fp32")
         seen: set[str] = set()
         for module in (parts[0].model.diffusion_model, parts[2].first_stage_model.decoder):
             module.register_forward_pre_hook(lambda _, args: seen.add(args[0].device.type))
@@ -120,12 +127,32 @@ def test_what_the_device_chooses_by_itself_is_bf16_and_draws_the_same(
 ) -> None:
     expected = on_cpu(engine)
     with emulated_mac(monkeypatch, gpu_only=True):
-        parts = loading.load(NAME, engine, "auto", "auto")
+        parts = load(engine, "auto", "auto")
         drawn = draw(parts)
         assert parts[0].model.get_dtype() == torch.bfloat16
         assert parts[1].cond_stage_model.dtypes == {torch.bfloat16}
     assert error(drawn.embeddings, expected.embeddings) <= 0.02
     assert error(drawn.pixels, expected.pixels) <= 0.1
+
+
+def test_a_quantised_model_draws_the_same(on_cpu: Any, mac: None) -> None:
+    drawn = draw(load("diffusers", "int8-quanto", "bf16"))
+    assert error(drawn.pixels, on_cpu("diffusers").pixels) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("preset", "everything_there"), [("fp8", False), ("int8", False), ("int8", True), ("int8-quanto", True)]
+)
+@torch.inference_mode()
+def test_a_quantised_encoder_where_its_format_can_be_held(
+    preset: str, everything_there: bool, on_cpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Usually ComfyUI keeps a Mac's encoder on the CPU, which has 8-bit floats; the device has not."""
+    with emulated_mac(monkeypatch, gpu_only=everything_there):
+        _, clip, _ = load("core", "bf16", preset)
+        positive, _ = clip_bridge.encode(clip, PROMPT)
+        embeddings = positive[0][0].cpu()
+    assert error(embeddings, on_cpu("core").embeddings) <= 0.06
 
 
 def training_step(folder: Path, device: str) -> list[torch.Tensor]:
@@ -184,17 +211,29 @@ def test_a_float64_rotary_table_on_the_device_would_be_seen(
         velocity(folder)
 
 
-@pytest.mark.parametrize(("engine", "name"), [("core", "fp8"), ("diffusers", "fp8-torchao")])
-def test_a_float8_model_is_refused_in_words_and_would_be_seen(
-    engine: str, name: str, mac: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("engine", "name", "encoder", "reason"),
+    [
+        ("core", "fp8", "bf16", "8-bit floats"),
+        ("core", "int8", "bf16", "int8 kernels"),
+        ("diffusers", "fp8-torchao", "bf16", "8-bit floats"),
+        ("diffusers", "int4-quanto", "bf16", "Xcode"),
+        ("core", "bf16", "fp8", "8-bit floats"),
+    ],
+)
+def test_a_preset_that_the_device_lacks_is_refused_in_words(
+    engine: str, name: str, encoder: str, reason: str, loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(LongCatError, match="8-bit floats.*bf16"):
-        loading.load(NAME, engine, name, "fp32")
+    with emulated_mac(monkeypatch, gpu_only=True), pytest.raises(LongCatError, match=f"{reason}.*bf16"):
+        load(engine, name, encoder)
+
+
+def test_float8_weights_on_the_device_would_be_seen(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DevicePolicy, "holds", lambda *args: True)
+    monkeypatch.setattr(kitchen, "require", lambda *args: None)
     monkeypatch.setattr(DevicePolicy, "require", lambda *args, **kwargs: None)
-    monkeypatch.setattr("longcat_pack.longcat_backend.comfy_bridge.kitchen.require", lambda *args: None)
-    if engine == "core":
-        with pytest.raises(fake_mps.MpsError, match="float8"):
-            loading.load(NAME, engine, name, "fp32")
+    with pytest.raises(fake_mps.MpsError, match="float8"):
+        load("core", "fp8", "bf16")
 
 
 def test_the_policy_of_a_mac(mac: None) -> None:
@@ -212,4 +251,4 @@ def test_macos_13_has_no_bf16(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> N
         assert policy.compute_dtype("transformer") == torch.float16
         assert policy.compute_dtype("text_encoder") == torch.float32
         with pytest.raises(LongCatError, match="bf16.*fp16, fp32"):
-            loading.load(NAME, "core", "bf16", "fp32")
+            load("core", "bf16", "fp32")

@@ -1,0 +1,146 @@
+"""Every preset takes, draws what fp32 draws within its error, and fails in words where it did not take."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longcat_pack.longcat_backend import checkpoints, precision
+from longcat_pack.longcat_backend.checkpoints import Checkpoint
+from longcat_pack.longcat_backend.comfy_bridge import auto, kitchen, loading
+from longcat_pack.longcat_backend.comfy_bridge import clip as clip_bridge
+from longcat_pack.longcat_backend.comfy_bridge.report import report
+from longcat_pack.longcat_backend.errors import LongCatError
+from longcat_pack.longcat_backend.memory import GroupOffload
+from longcat_pack.longcat_backend.precision import ENCODER_PRESETS, ENGINE_PRESETS, PRESETS
+
+# Relative L2 of one forward against fp32, with room above benchmarks/results/precision_error.json.
+MOST = {"bf16": 0.03, "fp16": 0.01, "fp8": 0.06, "int8": 0.03, "int8-quanto": 0.03, "int4-quanto": 0.2}
+ON_A_CPU = [(engine, name) for engine, names in ENGINE_PRESETS.items() for name in names if name in MOST]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Checkpoint:
+    return checkpoints.open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def velocity(loaded: Any) -> Callable[[Any], torch.Tensor]:
+    """The velocity of a MODEL for one noise and prompt."""
+    _, clip, _ = loaded("core")
+    text = clip_bridge.encode(clip, "红圆")[0][0][0]
+    samples = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    @torch.inference_mode()
+    def run(model: Any) -> torch.Tensor:
+        network = model.model.diffusion_model
+        dtype = model.model.get_dtype_inference()
+        return network(samples.to(dtype), torch.tensor([0.7], dtype=dtype), text.to(dtype)).float()
+
+    return run
+
+
+@pytest.mark.parametrize(("engine", "name"), ON_A_CPU)
+def test_a_forward_is_within_the_presets_error(engine: str, name: str, checkpoint: Checkpoint, velocity: Any) -> None:
+    expected = velocity(loading.load_model(checkpoint, engine, "fp32"))
+    found = velocity(loading.load_model(checkpoint, engine, name))
+    error = float((found - expected).norm() / expected.norm())
+    assert error <= MOST[name]
+    assert error > 0 or not PRESETS[name].backend
+
+
+@pytest.mark.parametrize("name", ENCODER_PRESETS)
+def test_embeddings_are_within_the_presets_error(name: str, checkpoint: Checkpoint, loaded: Any) -> None:
+    _, reference, _ = loaded("core")
+    expected = clip_bridge.encode(reference, "红圆")[0][0][0]
+    found = clip_bridge.encode(loading.load_encoder(checkpoint, name), "红圆")[0][0][0]
+    assert (found - expected).norm() / expected.norm() <= 0.03
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_a_preset_that_did_not_take_is_an_error(
+    component: str, name: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's loader leaves a layer without its marker in plain weights, and says nothing."""
+    pack = kitchen.pack
+
+    def unmarked(key: str, weight: torch.Tensor, *args: Any) -> dict[str, torch.Tensor]:
+        return {key: weight} if "0" in key else pack(key, weight, *args)
+
+    monkeypatch.setattr(kitchen, "pack", unmarked)
+    with pytest.raises(LongCatError, match="did not take"):
+        if component == "transformer":
+            loading.load_model(checkpoint, "core", name)
+        else:
+            loading.load_encoder(checkpoint, name)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_a_device_without_the_kernels_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights would be unpacked for every use, and the speed that was asked for would not come."""
+    import comfy.model_management
+    import comfy_kitchen
+
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: False)
+    monkeypatch.setattr(comfy_kitchen.registry, "get_capable_backend", lambda *args, **kwargs: "eager")
+    with pytest.raises(LongCatError, match=f"'{name}' needs"):
+        kitchen.require(PRESETS[name], torch.device("cuda"))
+    kitchen.require(PRESETS[name], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name", "offload", "engine"),
+    [
+        ("auto", "auto", None, "core"),
+        ("auto", "int8", None, "core"),
+        ("auto", "int8-quanto", None, "diffusers"),
+        ("auto", "auto", GroupOffload("leaf"), "diffusers"),
+        ("diffusers", "bf16", None, "diffusers"),
+    ],
+)
+def test_auto_takes_core_unless_a_setting_belongs_to_diffusers(
+    chosen: str, name: str, offload: GroupOffload | None, engine: str
+) -> None:
+    assert auto.engine(chosen, name, offload) == engine
+
+
+def test_group_offload_is_not_cores() -> None:
+    with pytest.raises(LongCatError, match="Group offload belongs to the diffusers engine"):
+        auto.engine("core", "auto", GroupOffload("leaf"))
+
+
+def test_auto_says_what_it_took_and_why_in_one_line(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        loading.load_model(checkpoint, "auto", "auto")
+    lines = [record.getMessage() for record in caplog.records if "LongCat-Image auto" in record.getMessage()]
+    assert len(lines) == 1
+    assert "transformer in fp32 (exact)" in lines[0] or "transformer in bf16 (exact)" in lines[0]
+
+
+def test_the_precision_of_another_engine_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(LongCatError, match="not available here"):
+        loading.load_model(checkpoint, "core", "int4-quanto")
+
+
+def test_the_report_names_each_part_its_format_size_and_the_peak(checkpoint: Checkpoint, folder: Path) -> None:
+    from longcat_pack.longcat_backend.comfy_bridge import vae
+
+    parts = (
+        loading.load_model(checkpoint, "core", "int8"),
+        loading.load_encoder(checkpoint, "fp8"),
+        vae.load(checkpoint),
+    )
+    lines = report(*parts).splitlines()
+    assert [line.split(":")[0].split(" /")[0] for line in lines[:3]] == ["transformer", "text encoder", "VAE"]
+    assert "int8" in lines[0] and "behind a table" in lines[0] and "float8_e4m3fn" in lines[1]
+    assert [line.split(":")[0] for line in lines[3:]] == ["512x512", "1024x1024", "2048x2048"]
+
+
+def test_every_preset_is_some_engines() -> None:
+    assert set(PRESETS) == {name for names in ENGINE_PRESETS.values() for name in names}
+    assert set(ENCODER_PRESETS) <= set(PRESETS)
+    assert not precision.is_quantised("transformer", "transformer_blocks.0.norm1.linear")

@@ -5,8 +5,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..longcat_backend import checkpoints, precision
-from ..longcat_backend.comfy_bridge import auto, host, loading
+from ..longcat_backend import precision
+from ..longcat_backend.comfy_bridge import auto, files, loading
 from ..longcat_backend.comfy_bridge.report import report
 from ..longcat_backend.errors import LongCatError
 from ..longcat_backend.memory import GroupOffload
@@ -81,8 +81,19 @@ def _offload_input() -> io.DynamicCombo.Input:
     )
 
 
+def _file_input(name: str, part: str, pattern: str, folder: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        name,
+        options=files.choices(part),
+        default=files.AUTO,
+        optional=True,
+        tooltip=f"Only where checkpoint is a single file: the file in models/{folder} that goes with it. auto: the one "
+        f"that LongCatSaveCheckpoint wrote with it, else the only one called {pattern}.",
+    )
+
+
 class LongCatLoader(io.ComfyNode):
-    """Official folder to MODEL, CLIP and VAE."""
+    """A folder or single files to MODEL, CLIP and VAE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -92,13 +103,15 @@ class LongCatLoader(io.ComfyNode):
             display_name="LongCat Loader",
             category=CATEGORY,
             description="Loads a LongCat-Image folder in the official layout, from models/longcat_image or "
-            "models/diffusers. Every part is built from its own config and every weight is checked.",
+            "models/diffusers, or ComfyUI's single files. Every part is built from its own config and every weight is "
+            "checked.",
             search_aliases=["longcat", "longcat image", "meituan", "美团", "龙猫"],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=sorted(checkpoints.list_checkpoints(host.checkpoint_roots())),
-                    tooltip="The checkpoint folder. Demo checkpoints that come with the pack are listed too.",
+                    options=files.names(),
+                    tooltip="A checkpoint folder, or a longcat….safetensors of models/diffusion_models. Demo "
+                    "checkpoints that come with the pack are listed too.",
                 ),
                 _engine_input(),
                 _precision_input("text_encoder_precision", precision.ENCODER_PRESETS, ENCODER_PRECISION),
@@ -110,6 +123,8 @@ class LongCatLoader(io.ComfyNode):
                     tooltip="Keep the 27 % of the transformer that depend on the noise level alone on the CPU, behind "
                     "a table of their results. Changes no bit of the picture, and saves 3.2 GiB of GPU memory.",
                 ),
+                _file_input("text_encoder_file", "text_encoder", "qwen_2.5_vl_7b*", "text_encoders"),
+                _file_input("vae_file", "vae", "ae*.safetensors", "vae"),
             ],
             outputs=[
                 io.Model.Output(tooltip="The transformer, for every node that takes a MODEL."),
@@ -123,23 +138,33 @@ class LongCatLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None, engine: Any = None, offload: Any = None) -> bool | str:
-        """Whether the settings make sense and the name stands for a folder that can be loaded; a sentence if not."""
+    def validate_inputs(
+        cls,
+        checkpoint: str | None,
+        engine: Any = None,
+        offload: Any = None,
+        text_encoder_file: str | None = files.AUTO,
+        vae_file: str | None = files.AUTO,
+    ) -> bool | str:
+        """Whether the settings make sense and the names stand for what can be loaded; a sentence if not."""
         if not isinstance(engine, dict):  # ComfyUI leaves out a dynamic input whose value it does not know
             known = ", ".join((precision.AUTO, *loading.ENGINES))
             return f"There is no such engine. Choose one of: {known}.\n没有这个引擎。请选择：{known}。"
         try:
             auto.engine(engine["engine"], engine["precision"], _group_offload(offload))
-            if checkpoint is not None:  # else it comes from another node
-                loading.verify(checkpoint)
+            names = (checkpoint, text_encoder_file, vae_file)
+            if None not in names:  # such a name comes from another node
+                loading.verify(*map(str, names))
         except LongCatError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, **_: Any) -> str:
+    def fingerprint_inputs(
+        cls, checkpoint: str, text_encoder_file: str = files.AUTO, vae_file: str = files.AUTO, **_: Any
+    ) -> str:
         """Load again only when a file of the checkpoint changed."""
-        return checkpoints.fingerprint(loading.find(checkpoint))
+        return files.find(checkpoint, text_encoder_file, vae_file).fingerprint()
 
     @classmethod
     def execute(
@@ -149,6 +174,8 @@ class LongCatLoader(io.ComfyNode):
         text_encoder_precision: str,
         offload: dict[str, Any] | None = None,
         modulation_table: bool = True,
+        text_encoder_file: str = files.AUTO,
+        vae_file: str = files.AUTO,
     ) -> io.NodeOutput:
         """Load the three parts."""
         parts = loading.load(
@@ -158,6 +185,8 @@ class LongCatLoader(io.ComfyNode):
             text_encoder_precision,
             modulation_table,
             _group_offload(offload),
+            text_encoder_file,
+            vae_file,
         )
         return io.NodeOutput(*parts, report(*parts))
 

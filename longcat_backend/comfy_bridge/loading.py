@@ -1,42 +1,32 @@
 """One checkpoint to MODEL, CLIP and VAE."""
 
 from functools import lru_cache
-from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 
-from .. import checkpoints, precision, verification
+from .. import precision, verification
 from ..checkpoints import Checkpoint
 from ..memory import GroupOffload
-from . import auto, clip, core_engine, devices, diffusers_engine, formats, host, vae
+from . import auto, clip, core_engine, devices, diffusers_engine, files, formats, vae
 
 ENGINES = {"core": core_engine.load, "diffusers": diffusers_engine.load}
 
 
-def find(name: str) -> Path:
-    """The folder of a checkpoint name.
-
-    Raises:
-        LongCatError: see :func:`checkpoints.resolve_checkpoint`.
-    """
-    return checkpoints.resolve_checkpoint(name, host.checkpoint_roots())
-
-
-def verify(name: str) -> None:
+def verify(name: str, text_encoder_file: str = files.AUTO, vae_file: str = files.AUTO) -> None:
     """Check a checkpoint without reading a weight; again only when one of its files changed.
 
     Raises:
         LongCatError: the checkpoint cannot be found, identified or built, or its weights do not fit its configs.
     """
-    folder = find(name)
-    _verify(folder, checkpoints.fingerprint(folder))
+    place = files.find(name, text_encoder_file, vae_file)
+    _verify(place, place.fingerprint())
 
 
 @lru_cache(maxsize=16)
-def _verify(folder: Path, fingerprint: str) -> None:
-    checkpoint = checkpoints.open_checkpoint(folder)
+def _verify(place: files.Place, fingerprint: str) -> None:
+    checkpoint = place.open()
     verification.verify(checkpoint)
     vae.class_config(checkpoint.configs["vae"])
 
@@ -48,6 +38,8 @@ def load(
     encoder_precision: str,
     tabulate: bool = True,
     offload: GroupOffload | None = None,
+    text_encoder_file: str = files.AUTO,
+    vae_file: str = files.AUTO,
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of a checkpoint.
 
@@ -56,13 +48,14 @@ def load(
         model_precision, encoder_precision: names of presets, or "auto".
         tabulate: keep the modulation weights on the CPU, behind a table.
         offload: let diffusers' group offload move the transformer.
+        text_encoder_file, vae_file: for single files, see :func:`files.find`.
 
     Raises:
         LongCatError: the checkpoint cannot be found, identified or read, its weights do not fit its configs, or the
             settings contradict each other or the device.
     """
-    verify(name)
-    checkpoint = checkpoints.open_checkpoint(find(name))
+    verify(name, text_encoder_file, vae_file)
+    checkpoint = files.find(name, text_encoder_file, vae_file).open()
     encoder = load_encoder(checkpoint, encoder_precision)
     return load_model(checkpoint, engine, model_precision, tabulate, offload), encoder, vae.load(checkpoint)
 

@@ -19,7 +19,8 @@ def frontend_key(name: str) -> str:
 
 def add_inputs(inputs: dict[str, Any], prefix: str, found: dict[str, dict[str, Any]]) -> None:
     """Collect the options of every input, those nested in dynamic combos too, by translation key."""
-    for name, (kind, options) in ((n, s) for group in inputs.values() for n, s in group.items()):
+    shown = [group for kind, group in inputs.items() if kind != "hidden"]
+    for name, (kind, options) in ((n, s) for group in shown for n, s in group.items()):
         found[frontend_key(prefix + name)] = {"name": name, **options}
         if kind == DYNAMIC_COMBO:
             for option in options["options"]:

@@ -150,35 +150,34 @@ def unpack_scaled(tokens: torch.Tensor, vae_config: Mapping[str, Any], width: in
     return samples / vae_config["scaling_factor"] + vae_config["shift_factor"]
 
 
-def text_position_ids(length: int, device: torch.device | None = None) -> torch.Tensor:
+def text_position_ids(length: int) -> torch.Tensor:
     """(length, 3) of modality 0 and the token's index twice."""
-    ids = torch.arange(length, dtype=torch.float32, device=device)
+    ids = torch.arange(length, dtype=torch.float32)
     return torch.stack([torch.zeros_like(ids), ids, ids], dim=1)
 
 
-def image_position_ids(
-    rows: int, columns: int, start: int, modality: int = 1, device: torch.device | None = None
-) -> torch.Tensor:
+def image_position_ids(rows: int, columns: int, start: int, modality: int = 1) -> torch.Tensor:
     """(rows · columns, 3) of modality, start + row, start + column.
 
     Args:
         start: the conditioning's real length. The text takes the positions below it.
         modality: 1 for the picture being drawn, 2 and up for reference images.
 
-    float32 on every device, as in the reference pipeline: whole numbers are exact in it, and MPS has no float64.
+    float32, as in the reference pipeline: whole numbers are exact in it, and MPS has no float64.
     """
-    row = torch.arange(rows, dtype=torch.float32, device=device) + start
-    column = torch.arange(columns, dtype=torch.float32, device=device) + start
+    row = torch.arange(rows, dtype=torch.float32) + start
+    column = torch.arange(columns, dtype=torch.float32) + start
     grid = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).reshape(-1, 2)
     return torch.cat([torch.full_like(grid[:, :1], modality), grid], dim=1)
 
 
-def position_ids(
-    text_length: int, sizes: Sequence[tuple[int, int]], device: torch.device | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of a text of ``text_length`` and of latents of the given (h, w): the picture first, then references."""
+def position_ids(text_length: int, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of a text of ``text_length`` and of latents of the given (h, w): the picture first, then references.
+
+    They stay on the host, where the rotary table is made of them.
+    """
     images = [
-        image_position_ids(height // PATCH, width // PATCH, text_length, modality, device)
+        image_position_ids(height // PATCH, width // PATCH, text_length, modality)
         for modality, (height, width) in enumerate(sizes, start=1)
     ]
-    return text_position_ids(text_length, device), torch.cat(images)
+    return text_position_ids(text_length), torch.cat(images)

@@ -47,7 +47,7 @@ class VelocityModel(nn.Module):
         height, width = samples.shape[-2:]
         images = [_whole_patches(image) for image in (samples, *references)]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        text_ids, image_ids = latents.position_ids(text.shape[1], sizes)  # on the host, as the rotary table
+        text_ids, image_ids = latents.position_ids(text.shape[1], sizes)
         rotary.install(self.transformer).device = samples.device
         tokens = torch.cat([latents.pack(image) for image in images], dim=1)
         timestep = flow.model_timestep(sigma, tokens.dtype)

@@ -190,6 +190,26 @@ def velocity(folder: Path) -> torch.Tensor:
         return model(*(torch.ones(*shape, device="mps") for shape in ((1, 16, 4, 4), (1,), (1, 8, 64))))
 
 
+def test_a_forward_reads_nothing_back_from_the_device(folder: Path, mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The positions are made where the rotary table is made of them, so the host never waits."""
+    operators: list[str] = []
+    run = fake_mps._run
+
+    def watch(func: Any, args: Any, kwargs: Any) -> Any:
+        leaves = func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+        operators.append("read" if leaves or func is torch.ops.aten._local_scalar_dense.default else "other")
+        return run(func, args, kwargs)
+
+    monkeypatch.setattr(fake_mps, "_run", watch)
+    velocity(folder)
+    assert operators.count("other") > 100
+    assert "read" not in operators
+    ids = latents.position_ids
+    monkeypatch.setattr(latents, "position_ids", lambda *args: [part.to("mps") for part in ids(*args)])
+    velocity(folder)
+    assert "read" in operators
+
+
 def test_float64_ids_on_the_device_would_be_seen(folder: Path, mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert velocity(folder).is_mps
     ids = latents.position_ids

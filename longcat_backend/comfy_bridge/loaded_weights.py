@@ -22,6 +22,7 @@ from .diffusers_engine import DiffusionModel
 
 _PUBLISHED = "model."
 _COMPANIONS = (".weight_scale", ".comfy_quant", ".input_scale")
+_QUANTO = (".weight._data", ".weight._data._data")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _state(
     # Clones share their weights; loading makes the patches in them this one's.
     comfy.model_management.load_models_gpu([patcher])
     state: dict[str, torch.Tensor] = patcher.model_state_dict_for_saving(module, prefix)
-    if any(is_traceable_wrapper_subclass(value) for value in state.values()):
+    if any(is_traceable_wrapper_subclass(value) or key.endswith(_QUANTO) for key, value in state.items()):
         raise _unwritable(socket, "quantised by another library", "由其他库量化")
     return state
 
@@ -172,7 +173,7 @@ def _foreign(socket: str) -> LongCatError:
 
 def _unwritable(socket: str, en: str, zh: str) -> LongCatError:
     return LongCatError(
-        f"The weights of the {socket} cannot be written as they are: {en}. Load it in bf16, fp16 or fp32, or in fp8 "
-        "or int8 of the core engine.",
-        f"{socket} 的权重无法按现状写入：{zh}。请以 bf16、fp16、fp32，或 core 引擎的 fp8、int8 加载。",
+        f"The weights of the {socket} cannot be written as they are: {en}. Choose bf16, fp16 or fp32, or fp8 or int8 "
+        "of the core engine, in LongCatLoader.",
+        f"{socket} 的权重无法按现状写入：{zh}。请在 LongCatLoader 中选择 bf16、fp16、fp32，或 core 引擎的 fp8、int8。",
     )

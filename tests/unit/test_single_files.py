@@ -303,3 +303,35 @@ def test_the_fingerprint_follows_every_file(paths: dict[str, Path]) -> None:
         path.write_bytes(path.read_bytes() + b" ")
         seen.add(single_files.fingerprint(paths))
     assert len(seen) == 4
+
+
+def test_the_published_files_are_accepted_without_a_header_of_ours(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their shapes alone: the files themselves have 29 GB."""
+
+    class Headers:
+        metadata: dict[str, str] = {}
+        quantised: dict[str, Any] = {}
+
+        def __init__(self, path: Path, shapes: dict[str, torch.Size]) -> None:
+            self.path, self.shapes = path, shapes
+
+    dit = transformer.empty_transformer(official.TRANSFORMER).state_dict()
+    encoder = text_encoder.empty_text_model(official.TEXT_ENCODER).state_dict()
+    vae = {key: torch.empty(shape, device="meta") for key, shape in verification.vae_shapes(official.VAE).items()}
+    published = {
+        "transformer": layouts.to_core(dit),
+        "text_encoder": {f"model.{key}": value for key, value in encoder.items()},
+        "vae": layouts.vae_to_single_file(vae),
+    }
+    paths = {part: Path(f"longcat_image_edit_turbo_{part}.safetensors") for part in single_files.PARTS}
+    monkeypatch.setattr(
+        single_files, "_open", lambda part, path: Headers(path, checkpoints.shapes(dict(published[part])))
+    )
+    single = single_files.open_single_files(paths, sound / "tokenizer")
+    verification.verify(single)
+    assert single.flavour.key == "edit-turbo"
+    assert dict(single.configs["vae"]) == dict(official.VAE)
+    del published["vae"]["decoder.conv_in.bias"]
+    assert "1 missing: decoder.conv_in.bias" in refusal(paths, sound / "tokenizer")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor, qint4, qtypes
+from optimum.quanto import QTensor, qint4, qtypes
 from optimum.quanto.nn import QLinear
 from torch import nn
 from torch.nn import functional
@@ -69,15 +69,13 @@ def quantised(layer: nn.Linear, preset: Preset) -> QuantisedLinear:
     if preset.bits == 4 and layer.in_features % GROUP == 0:
         result.weight_group_size = GROUP
     result.weight = _parameter(result.qweight)
-    if layer.bias is not None:
-        result.bias = _parameter(layer.bias.clone())  # of a layer that inference mode made: training needs its own
     return result
 
 
 def took(layer: nn.Module, preset: Preset) -> bool:
-    """Whether the layer holds weights of the preset's format, in the storage that every device shares."""
+    """Whether the layer holds weights of the preset's format, and in groups that are not repacked."""
     weight = layer.weight
-    if type(weight) not in (WeightQBytesTensor, WeightQBitsTensor) or weight.qtype.name != preset.format:
+    if not isinstance(weight, QTensor) or weight.qtype.name != preset.format:
         return False
     return preset.bits != 4 or weight._group_size == GROUP
 

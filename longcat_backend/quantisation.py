@@ -115,6 +115,24 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(leaf.nbytes for tensor in tensors for _, leaf in leaves(tensor, ""))
 
 
+def check_group_offload(preset: Preset, disk: bool) -> None:
+    """Refuse diffusers' group offload of weights that it cannot move: it exchanges a tensor, but not its parts.
+
+    Args:
+        disk: whether the weights would wait in a file.
+
+    Raises:
+        LongCatError: the weights are quanto's, or torchao's and would wait in a file.
+    """
+    if preset.backend == "quanto" or (preset.backend == "torchao" and disk):
+        place = (" to the disk", "到磁盘") if preset.backend == "torchao" else ("", "")
+        raise LongCatError(
+            f"Group offload cannot move weights of the precision '{preset.name}'{place[0]}. Choose bf16 with group "
+            "offload, or set offload to auto.",
+            f"分组卸载无法移动精度“{preset.name}”的权重{place[1]}。请选择 bf16 与分组卸载，或把卸载设为 auto。",
+        )
+
+
 def check_fusing(model: nn.Module) -> None:
     """Refuse to merge an adapter into quantised weights, where it would be dropped without a word.
 

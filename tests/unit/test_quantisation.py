@@ -212,6 +212,27 @@ def test_the_packages_are_imported_only_when_asked_for(pack_dir: Path) -> None:
     subprocess.run([sys.executable, "-c", program, str(pack_dir / "tests" / "conftest.py")], check=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "memory", "disk"),
+    [("bf16", True, True), ("int8-quanto", False, False), ("int4-quanto", False, False), ("fp8-torchao", True, False)],
+)
+def test_group_offload_is_refused_where_weights_cannot_be_moved(name: str, memory: bool, disk: bool) -> None:
+    for allowed, to_disk in ((memory, False), (disk, True)):
+        if allowed:
+            quantisation.check_group_offload(precision.PRESETS[name], to_disk)
+        else:
+            with pytest.raises(LongCatError, match=f"Group offload cannot move weights of the precision '{name}'"):
+                quantisation.check_group_offload(precision.PRESETS[name], to_disk)
+
+
+def test_quanto_weights_still_cannot_be_exchanged(model: Velocity) -> None:
+    """The reason for the refusal: what group offload does with a weight, here for a device without storage."""
+    quantisation.quantise(model.transformer, "transformer", precision.PRESETS["int8-quanto"])
+    weight = model.transformer.transformer_blocks[0].attn.to_q.weight
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        weight.data = weight.data.to("meta")
+
+
 def lora(model: Any, zero: bool = False) -> None:
     from peft import LoraConfig
 

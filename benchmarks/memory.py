@@ -52,8 +52,8 @@ def measure(recipe: Mapping[str, Any]) -> dict[str, Any]:
         return {"failed": f"not done after {LIMIT_S} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        tail = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-12:]
-        return {"failed": " | ".join(tail)[-1500:]}
+        lines = [line[:300] for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        return {"failed": " | ".join([f"exit status {done.returncode}", *lines[-25:]])[-4000:]}
     result: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
     return {**result, "process_s": round(time.perf_counter() - start, 1)}
 

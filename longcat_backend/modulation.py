@@ -9,7 +9,8 @@ shape and dtype in which the model asks for it, so the table changes no bit (DES
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -48,19 +49,15 @@ class ModulationTable:
     def __init__(self) -> None:
         self._version: object = None
         self._rows: dict[str, dict[Level, torch.Tensor]] = {}
-        self._complete: set[Level] = set()
         self._current: Level | None = None
-        self._inputs: dict[Level, torch.Tensor] = {}
+        self._plan: Callable[[], dict[Level, torch.Tensor]] = dict
+        self._inputs: dict[Level, torch.Tensor] | None = None
 
     def sync(self, version: object) -> None:
         """Forget every row unless it was computed with this version of the weights; None is no known version."""
         if version is None or version != self._version:
-            self._forget()
+            self._rows.clear()
         self._version = version
-
-    def _forget(self) -> None:
-        self._rows.clear()
-        self._complete.clear()
 
     @contextmanager
     def at(
@@ -81,17 +78,13 @@ class ModulationTable:
         if any(other != first for other in others):
             yield
             return
-        current = Level(first, len(timesteps), samples.dtype, samples.device)
-        planned: set[Level] = set()
-        if current not in self._complete:
-            planned = self._plan(current, timesteps if schedule is None else schedule, embed)
-        self._current = current
+        self._current = Level(first, len(timesteps), samples.dtype, samples.device)
+        self._plan = partial(_inputs, self._current, timesteps if schedule is None else schedule, embed)
         try:
             yield
-            self._complete |= planned
         finally:
             self._current = None
-            self._inputs = {}
+            self._inputs = None
 
     def row(self, layer: str, conditioning: torch.Tensor, project: Project) -> torch.Tensor | None:
         """The layer's result at the current noise level, or None where the layer has to compute by itself.
@@ -104,22 +97,19 @@ class ModulationTable:
             return None
         rows = self._rows.setdefault(layer, {})
         if self._current not in rows:
-            others = [level for level in self._inputs if level not in rows]
+            # Not before the first layer asks: only now are the time embedding's weights sure to be on the device.
+            self._inputs = self._plan() if self._inputs is None else self._inputs
+            if len(rows) + len(self._inputs) > MOST_LEVELS:
+                rows.clear()
+            others = [level for level in self._inputs if level not in rows and level != self._current]
             inputs = [conditioning, *(self._inputs[level].view_as(conditioning) for level in others)]
             for level, result in zip([self._current, *others], project(inputs), strict=True):
                 rows[level] = result[:1].clone()  # the batch has one noise level, so its results are equal
         row = rows[self._current]
         return row.expand(conditioning.shape[0], *row.shape[1:])
 
-    def _plan(self, current: Level, schedule: torch.Tensor, embed: Embed) -> set[Level]:
-        """Prepare the inputs of all levels of the schedule that are not in the table yet."""
-        levels = {
-            Level(value, current.batch, current.dtype, current.device): timestep
-            for value, timestep in zip(schedule.tolist(), schedule, strict=True)
-        }
-        levels = {level: timestep for level, timestep in levels.items() if level not in self._complete}
-        if len(self._complete) + len(levels) > MOST_LEVELS:
-            self._forget()
-        levels.pop(current, None)
-        self._inputs = {level: embed(timestep.expand(current.batch)) for level, timestep in levels.items()}
-        return {current, *levels}
+
+def _inputs(current: Level, schedule: torch.Tensor, embed: Embed) -> dict[Level, torch.Tensor]:
+    """What the layers are given at each level of a schedule."""
+    levels = zip(schedule.tolist(), schedule, strict=True)
+    return {replace(current, timestep=value): embed(timestep.expand(current.batch)) for value, timestep in levels}

@@ -106,9 +106,11 @@ def main() -> None:
         loading, workflow = timed(lambda: module.KINDS[recipe["kind"]](recipe))
         seconds = [workflow(PROMPT, SEED) for _ in range(recipe.get("runs", 2))]
     first, last = seconds[0], seconds[-1]
+    forwards = last.pop("forwards", 2 * recipe["steps"])  # the pipeline makes two a step
     result = {
         "load_s": round(loading, 2),
         **{f"{name}_s": round(value, 3) for name, value in last.items()},
+        "forwards_per_step": forwards / recipe["steps"],
         "step_s": round(last["sample"] / recipe["steps"], 4),
         "first_step_s": round(first["sample"] / recipe["steps"], 4),
         **peaks.close(),

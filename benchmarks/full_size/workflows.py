@@ -18,12 +18,15 @@ def ours(recipe: Mapping[str, Any]) -> Workflow:
     from longcat_pack.longcat_backend.comfy_bridge import clip as clip_bridge
     from longcat_pack.longcat_backend.comfy_bridge import guidance, loading, sampling
     from longcat_pack.longcat_backend.comfy_bridge import vae as vae_bridge
+    from longcat_pack.longcat_backend.memory import GroupOffload
 
     checkpoint = checkpoints.open_checkpoint(Path(recipe["folder"]))
     encoder = loading.load_encoder(checkpoint, recipe["encoder"])
+    offload = GroupOffload(**recipe["offload"]) if "offload" in recipe else None
     model = guidance.patch(
-        loading.load_model(checkpoint, recipe["engine"], recipe["precision"], recipe.get("table", True))
+        loading.load_model(checkpoint, recipe["engine"], recipe["precision"], recipe.get("table", True), offload)
     )
+    forwards = counted(model)
     decoder = vae_bridge.load(checkpoint)
 
     def run(prompt: str, seed: int) -> dict[str, float]:
@@ -36,9 +39,22 @@ def ours(recipe: Mapping[str, Any]) -> Workflow:
             lambda: sampling.sample(model, positive, negative, canvas, sigmas, recipe["guidance"], seed)
         )
         decode, _ = timed(lambda: vae_bridge.decode(decoder, latent["samples"], tiled=False))
-        return {"encode": encoding, "sample": sample, "decode": decode}
+        return {"encode": encoding, "sample": sample, "decode": decode, **forwards()}
 
     return run
+
+
+def counted(model: Any) -> Callable[[], dict[str, float]]:
+    """Count the calls of a MODEL's network; the result gives those since the last time."""
+    calls: list[int] = []
+    model.model.diffusion_model.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def since() -> dict[str, float]:
+        number = len(calls)
+        calls.clear()
+        return {"forwards": number}
+
+    return since
 
 
 def core(recipe: Mapping[str, Any]) -> Workflow:
@@ -51,11 +67,13 @@ def core(recipe: Mapping[str, Any]) -> Workflow:
     from longcat_pack.longcat_backend.comfy_bridge import vae as vae_bridge
 
     checkpoint = checkpoints.open_checkpoint(Path(recipe["folder"]))
-    model = comfy.sd.load_diffusion_model_state_dict(core_engine.convert(transformer.audited_weights(checkpoint)))
+    model = comfy.sd.load_diffusion_model_state_dict(dict(core_engine.convert(transformer.audited_weights(checkpoint))))
     encoder = comfy.sd.load_text_encoder_state_dicts(
         [dict(checkpoint.weights("text_encoder"))], clip_type=comfy.sd.CLIPType.LONGCAT_IMAGE
     )
     decoder = vae_bridge.load(checkpoint)
+
+    forwards = counted(model)
 
     def encode(prompt: str) -> Any:
         return encoder.encode_from_tokens_scheduled(encoder.tokenize(prompt))
@@ -68,7 +86,7 @@ def core(recipe: Mapping[str, Any]) -> Workflow:
             lambda: sampling.sample(model, positive, negative, canvas, sigmas, recipe["guidance"], seed)
         )
         decode, _ = timed(lambda: decoder.decode(latent["samples"]))
-        return {"encode": encoding, "sample": sample, "decode": decode}
+        return {"encode": encoding, "sample": sample, "decode": decode, **forwards()}
 
     return run
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import comfy.model_management
 import torch
+from comfy.cli_args import args
 
 from .. import memory, precision
 from ..checkpoints import Checkpoint
@@ -12,7 +13,6 @@ from ..devices import DevicePolicy
 from ..errors import LongCatError
 from ..memory import GroupOffload
 from ..precision import PRESETS, Preset
-from . import kitchen
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,15 @@ def engine(chosen: str, precision_name: str, offload: GroupOffload | None) -> st
     """The engine of a choice; ``auto`` is core unless the precision or the offload belongs to diffusers (D2).
 
     Raises:
-        LongCatError: group offload was asked of the core engine.
+        LongCatError: group offload was asked of the core engine, or of weights that it cannot move.
     """
+    if offload is not None and precision_name in PRESETS and PRESETS[precision_name].backend == "quanto":
+        raise LongCatError(
+            f"Group offload cannot move weights in {precision_name}, only all at once. Set offload to auto, or the "
+            "precision to bf16 or fp8-torchao.",
+            f"分组卸载无法移动 {precision_name} 格式的权重，它们只能整体移动。请把卸载设为 auto，"
+            "或把精度设为 bf16 或 fp8-torchao。",
+        )
     if chosen == "core" and offload is not None:
         raise LongCatError(
             "Group offload belongs to the diffusers engine, but the engine is core. Set engine to auto or diffusers, "
@@ -47,13 +54,14 @@ def preset(
     Raises:
         LongCatError: the component or the device does not have it.
     """
+    weight_only = component == "text_encoder"
     if name != precision.AUTO:
         chosen = precision.preset(name, allowed)
-        policy.require(chosen, allowed)
+        policy.require(chosen, allowed, weight_only)
         return chosen
-    dtype = policy.compute_dtype(component)
+    dtype = _flagged(component) or policy.compute_dtype(component)
     exact = next(known for known in PRESETS.values() if known.dtype == dtype)
-    lossy = [PRESETS[_LOSSY]] if _LOSSY in allowed and _has_kernels(PRESETS[_LOSSY], component, policy) else []
+    lossy = [PRESETS[_LOSSY]] if _LOSSY in allowed and policy.supports(PRESETS[_LOSSY], weight_only) else []
     shapes = {part: checkpoint.shapes(part) for part in _FILES}
     parts = {
         known.name: {part: memory.weigh(shapes[part], part, known, dtype, tabulate) for part in _FILES}
@@ -66,14 +74,11 @@ def preset(
     return taken
 
 
-def _has_kernels(lossy: Preset, component: str, policy: DevicePolicy) -> bool:
-    if not policy.supports(lossy):
-        return False
-    try:
-        kitchen.require(lossy, policy.device)
-    except LongCatError:
-        return component == "text_encoder"  # which unpacks its weights anyway
-    return True
+def _flagged(component: str) -> torch.dtype | None:
+    """The dtype that ComfyUI was started with, such as --fp16-unet or --fp32-text-enc."""
+    suffix = {"transformer": "unet", "text_encoder": "text_enc"}[component]
+    names = (name for name in precision.PLAIN if getattr(args, f"{name}_{suffix}"))
+    return next((PRESETS[name].dtype for name in names), None)
 
 
 def _log(component: str, taken: Preset, weights: memory.Weights, device: torch.device, host_free: int) -> None:
@@ -84,7 +89,7 @@ def _log(component: str, taken: Preset, weights: memory.Weights, device: torch.d
         "LongCat-Image auto: %s in %s (%s): %s for %s with %s free, %s%s; the host has %s free",
         component,
         taken.name,
-        "exact" if taken.exact else "lossy, as the host cannot hold the exact weights",
+        "exact" if taken.exact else "the host cannot hold more" if taken.backend else "what this device computes in",
         memory.size(weights.device),
         device,
         memory.size(free),

@@ -102,7 +102,8 @@ def _load_encoder(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, preset: Preset
 ) -> TextEncoder:
     if preset.backend == "quanto":
-        encoder = load_text_encoder(checkpoint, tokenizer, dtype)
+        with torch.inference_mode(False):  # whose tensors could not be packed
+            encoder = load_text_encoder(checkpoint, tokenizer, dtype)
         quantisation.quantise(
             encoder.model, _COMPONENT, preset, comfy.model_management.text_encoder_device(), host.progress()
         )

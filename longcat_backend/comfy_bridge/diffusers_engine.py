@@ -95,7 +95,9 @@ def load(
     table = ModulationTable() if tabulate else None
     plain = bool(preset.backend or offload)  # layers that other libraries quantise or move
     prepare = partial(_prepare, dtype=dtype, plain=plain, table=table)
-    velocity = load_transformer(checkpoint, dtype, table, prepare)
+    # Other libraries exchange storage and pack weights, which the tensors of inference mode do not allow.
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not plain):
+        velocity = load_transformer(checkpoint, dtype, table, prepare)
     model.diffusion_model = DiffusionModel(velocity)
     if table is not None:
         patchers.set_table(model, table)

@@ -6,13 +6,11 @@ from typing import Any
 
 import comfy.model_management
 import comfy.ops
-import comfy_kitchen
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from torch import nn
 
 from .. import precision
-from ..errors import LongCatError
 from ..precision import Preset
 from . import devices
 
@@ -21,7 +19,6 @@ _QUANTISE: dict[str, dict[str, Any]] = {
     "float8_e4m3fn": {"scale": "recalculate"},
     "int8_tensorwise": {"per_channel": True},
 }
-_KERNEL = {"int8_tensorwise": "int8_linear"}
 
 
 def operations(dtype: torch.dtype, preset: Preset, weight_only: bool = False) -> Any:
@@ -30,42 +27,10 @@ def operations(dtype: torch.dtype, preset: Preset, weight_only: bool = False) ->
     Args:
         weight_only: unpack each weight when it is used instead of multiplying in its format: less error, and the
             better choice for a few tokens.
-
-    Raises:
-        LongCatError: see :func:`require`.
     """
-    device = comfy.model_management.get_torch_device()
-    if not weight_only:
-        require(preset, device)
-    unpack = weight_only or (device.type == "cpu" and preset.format == "float8_e4m3fn")  # no such product on a CPU
+    cpu = comfy.model_management.get_torch_device().type == "cpu"
+    unpack = weight_only or (cpu and preset.format == "float8_e4m3fn")  # there is no such product on a CPU
     return comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=unpack)
-
-
-def require(preset: Preset, device: torch.device) -> None:
-    """Refuse a preset whose kernels this device does not have; on a CPU the reference kernels are the only ones.
-
-    Raises:
-        LongCatError: no kernel of the preset runs here, so the weights would be unpacked for each use.
-    """
-    if device.type == "cpu":
-        return
-    if preset.format == "float8_e4m3fn":
-        if comfy.model_management.supports_fp8_compute(device):
-            return
-        need_en, need_zh = (
-            "a GPU that multiplies in fp8 (NVIDIA Ada or newer)",
-            "支持 fp8 乘法的 GPU（NVIDIA Ada 或更新）",
-        )
-    else:
-        if comfy_kitchen.registry.get_capable_backend(_KERNEL[preset.format]) != "eager":
-            return
-        need_en = "comfy-kitchen's int8 kernels: PyTorch for CUDA 13, or ComfyUI's --enable-triton-backend"
-        need_zh = "comfy-kitchen 的 int8 内核：CUDA 13 版 PyTorch，或 ComfyUI 的 --enable-triton-backend"
-    raise LongCatError(
-        f"The precision '{preset.name}' needs {need_en}, which this device does not have. Choose bf16, or another "
-        "precision in LongCatLoader.",
-        f"精度“{preset.name}”需要{need_zh}，当前设备不具备。请在 LongCatLoader 中选择 bf16 或其他精度。",
-    )
 
 
 def quantise(

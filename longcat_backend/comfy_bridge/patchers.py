@@ -15,6 +15,7 @@ from ..quantisation import stored_bytes
 from .castable import TabulatedLinear
 
 _TABLE = "longcat_modulation"
+_HOME = "longcat_home"
 
 
 def castable_patcher(
@@ -110,9 +111,17 @@ def _whole_class() -> Any:
     class WholePatcher(_castable_class(comfy.model_patcher.ModelPatcher)):  # type: ignore[misc]
         """All or nothing; its weights cannot be patched."""
 
-        def load(self, *args: Any, full_load: bool = False, **kwargs: Any) -> Any:
-            """As in the base class, always in full."""
-            return super().load(*args, full_load=True, **kwargs)
+        def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> None:
+            """Copy all weights to the device; the originals wait where they are, so unloading copies nothing."""
+            if not _is_away(self.model):
+                _copy_to(self.model, device_to)
+            _note_loaded(self, device_to)
+
+        def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+            """Put the originals back before the base class moves the model."""
+            if unpatch_weights:
+                _take_home(self.model)
+            super().unpatch_model(device_to, unpatch_weights)
 
         def add_patches(self, patches: Any, *args: Any, **kwargs: Any) -> Any:
             """Refuse: a patch on weights of this kind would change nothing, and say nothing."""
@@ -134,12 +143,43 @@ def _group_class() -> Any:
 
         def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> None:
             """Note that the model is in use on the device."""
-            self.model.device = device_to
-            self.model.model_loaded_weight_memory = self.size
-            self.model.current_weight_patches_uuid = self.patches_uuid
-            _sync_table(self.model, self.patches_uuid)
+            _note_loaded(self, device_to)
 
     return GroupPatcher
+
+
+def _note_loaded(patcher: Any, device: Any) -> None:
+    patcher.model.device = device
+    patcher.model.model_loaded_weight_memory = patcher.model_size()
+    patcher.model.current_weight_patches_uuid = patcher.patches_uuid
+    _sync_table(patcher.model, patcher.patches_uuid)
+
+
+def _is_away(model: nn.Module) -> bool:
+    return bool(getattr(model, _HOME, None))
+
+
+def _copy_to(model: nn.Module, device: Any) -> None:
+    """Put copies on the device in the place of parameters and buffers, and keep the originals."""
+    home: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for layer in model.modules():
+            if not isinstance(layer, TabulatedLinear):
+                for tensors in (layer._parameters, layer._buffers):
+                    for name, original in tensors.items():
+                        if original is not None:
+                            copy = original.to(device)
+                            is_parameter = isinstance(original, nn.Parameter)
+                            tensors[name] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+                            home.append((tensors, name, original))
+    finally:  # half a model on the device has to find its way back too
+        setattr(model, _HOME, home)
+
+
+def _take_home(model: nn.Module) -> None:
+    for tensors, name, original in getattr(model, _HOME, ()):
+        tensors[name] = original
+    setattr(model, _HOME, [])
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from longcat_pack.longcat_backend import checkpoints, latents, rotary
 from longcat_pack.longcat_backend import transformer as backend
 from longcat_pack.longcat_backend.comfy_bridge import clip as clip_bridge
-from longcat_pack.longcat_backend.comfy_bridge import devices, guidance, kitchen, loading, sampling
+from longcat_pack.longcat_backend.comfy_bridge import devices, guidance, loading, sampling
 from longcat_pack.longcat_backend.comfy_bridge import vae as vae_bridge
 from longcat_pack.longcat_backend.devices import DevicePolicy
 from longcat_pack.longcat_backend.errors import LongCatError
@@ -250,7 +250,6 @@ def test_a_preset_that_the_device_lacks_is_refused_in_words(
 
 def test_float8_weights_on_the_device_would_be_seen(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DevicePolicy, "holds", lambda *args: True)
-    monkeypatch.setattr(kitchen, "require", lambda *args: None)
     monkeypatch.setattr(DevicePolicy, "require", lambda *args, **kwargs: None)
     with pytest.raises(fake_mps.MpsError, match="float8"):
         load("core", "fp8", "bf16")

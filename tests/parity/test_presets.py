@@ -79,19 +79,6 @@ def test_a_preset_that_did_not_take_is_an_error(
             loading.load_encoder(checkpoint, name)
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8"])
-def test_a_device_without_the_kernels_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights would be unpacked for every use, and the speed that was asked for would not come."""
-    import comfy.model_management
-    import comfy_kitchen
-
-    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: False)
-    monkeypatch.setattr(comfy_kitchen.registry, "get_capable_backend", lambda *args, **kwargs: "eager")
-    with pytest.raises(LongCatError, match=f"'{name}' needs"):
-        kitchen.require(PRESETS[name], torch.device("cuda"))
-    kitchen.require(PRESETS[name], torch.device("cpu"))
-
-
 @pytest.mark.parametrize(
     ("chosen", "name", "offload", "engine"),
     [
@@ -106,6 +93,12 @@ def test_auto_takes_core_unless_a_setting_belongs_to_diffusers(
     chosen: str, name: str, offload: GroupOffload | None, engine: str
 ) -> None:
     assert auto.engine(chosen, name, offload) == engine
+
+
+def test_group_offload_cannot_move_quantos_weights() -> None:
+    """Their parts would stay on the CPU, and the first forward fail with two devices."""
+    with pytest.raises(LongCatError, match="cannot move weights in int8-quanto"):
+        auto.engine("auto", "int8-quanto", GroupOffload("leaf"))
 
 
 def test_group_offload_is_not_cores() -> None:

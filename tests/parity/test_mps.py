@@ -19,6 +19,7 @@ from longcat_pack.longcat_backend.comfy_bridge import devices, guidance, loading
 from longcat_pack.longcat_backend.comfy_bridge import vae as vae_bridge
 from longcat_pack.longcat_backend.devices import DevicePolicy
 from longcat_pack.longcat_backend.errors import LongCatError
+from longcat_pack.longcat_backend.memory import GroupOffload
 
 ENGINES = ("core", "diffusers")
 NAME = "LongCat-Tiny"
@@ -246,6 +247,28 @@ def test_a_preset_that_the_device_lacks_is_refused_in_words(
 ) -> None:
     with emulated_mac(monkeypatch, gpu_only=True), pytest.raises(LongCatError, match=f"{reason}.*bf16"):
         load(engine, name, encoder)
+
+
+@pytest.mark.parametrize(
+    "offload",
+    [
+        GroupOffload("block", 2, stream=False, host="low"),
+        GroupOffload("block", 1, stream=False, host="disk"),
+        GroupOffload("leaf", stream=False, host="pinned"),
+    ],
+    ids=lambda offload: f"{offload.level}-{offload.host}",
+)
+def test_group_offload_draws_the_same(offload: GroupOffload, on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part of a group is left behind, and the table's plan finds the time embedding on the device."""
+    expected = on_cpu("diffusers")
+    with emulated_mac(monkeypatch, fp32_vae=True), torch.inference_mode():
+        drawn = draw(loading.load(NAME, "diffusers", "fp32", "fp32", offload=offload))
+    assert error(drawn.pixels, expected.pixels) <= TOLERANCE
+
+
+def test_group_offload_with_a_stream_needs_a_device_that_has_them(mac: None) -> None:
+    with pytest.raises(LongCatError, match="with a stream does not work"):
+        loading.load(NAME, "diffusers", "fp32", "fp32", offload=GroupOffload("leaf"))
 
 
 def test_float8_weights_on_the_device_would_be_seen(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:

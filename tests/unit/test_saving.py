@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,17 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"note": '猫 "quoted"'}
     assert sum(seen) == saving.total([contents]) == sum(value.nbytes for value in TENSORS.values())
+
+
+def test_every_tensor_is_aligned(tmp_path: Path) -> None:
+    """Unaligned ones cannot be used as they lie in the file."""
+    path = tmp_path / "x.safetensors"
+    saving.write_file(path, saving.entries(TENSORS), {"odd": "length"}, nothing)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for key, value in TENSORS.items():
+        assert (8 + length + header[key]["data_offsets"][0]) % value.itemsize == 0, key
 
 
 def test_numbers_are_cast_and_integers_are_not() -> None:

@@ -72,5 +72,15 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def circumstances(device: str) -> dict[str, Any]:
     """When, where and with which versions."""
     name = f"cpu ({platform.machine()})" if device == "cpu" else torch.cuda.get_device_name()
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"date": datetime.date.today().isoformat(), "device": name, "versions": versions}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "versions": {package: _version(package) for package in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -16,7 +16,7 @@ from .. import layouts, text_encoder, transformer, verification
 from ..checkpoints import Checkpoint, differences, shapes
 from ..errors import LongCatError
 from ..tensor_files import dequantise
-from . import formats
+from . import formats, patchers
 from .clip import Tokenizer
 from .diffusers_engine import DiffusionModel
 
@@ -124,6 +124,12 @@ def _state(
     patcher: comfy.model_patcher.ModelPatcher, module: torch.nn.Module, prefix: str, socket: str
 ) -> dict[str, torch.Tensor]:
     """The host's own view of a module for saving: each tensor is patched when it is moved to the CPU."""
+    if patchers.is_group_offloaded(patcher):
+        raise LongCatError(
+            f"The weights of the {socket} are in the hands of group offload, maybe on the disk. Set offload to auto "
+            "in LongCatLoader to save them.",
+            f"{socket} 的权重由分组卸载管理，可能在磁盘上。要保存，请在 LongCatLoader 中把卸载设为 auto。",
+        )
     # Clones share their weights; loading makes the patches in them this one's.
     comfy.model_management.load_models_gpu([patcher])
     state: dict[str, torch.Tensor] = patcher.model_state_dict_for_saving(module, prefix)

@@ -173,15 +173,29 @@ def test_quantised_weights_can_be_multiplied_out_but_not_quantised_again(models:
     assert (velocity(plain[0]) - velocity(parts[0])).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("engine", ["core", "diffusers"])
-@pytest.mark.parametrize("layout", ["folder", "comfyui"])
-def test_patches_are_baked_in(engine: str, layout: str, models: Path, folder: Path) -> None:
-    source = checkpoints.open_checkpoint(folder)
-    plain, clip, vae = load(source, engine, "fp32")
-    key = {
-        "core": "diffusion_model.double_blocks.0.img_attn.qkv.weight",
-        "diffusers": "diffusion_model.velocity.transformer.transformer_blocks.0.attn.to_q.weight",
-    }[engine]
+LAYER = {
+    "core": "diffusion_model.double_blocks.0.img_attn.qkv.weight",
+    "diffusers": "diffusion_model.velocity.transformer.transformer_blocks.0.attn.to_q.weight",
+    "core modulation": "diffusion_model.double_blocks.0.img_mod.lin.weight",
+    "diffusers modulation": "diffusion_model.velocity.transformer.transformer_blocks.0.norm1.linear.weight",
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "precision", "layout"),
+    [
+        ("core", "fp32", "folder"),
+        ("core", "fp32", "comfyui"),
+        ("core", "fp8", "comfyui"),
+        ("core modulation", "fp32", "comfyui"),
+        ("diffusers", "fp32", "folder"),
+        ("diffusers", "fp32", "comfyui"),
+        ("diffusers modulation", "fp32", "folder"),
+    ],
+)
+def test_patches_are_baked_in(layer: str, precision: str, layout: str, models: Path, folder: Path) -> None:
+    engine, key = layer.split()[0], LAYER[layer]
+    plain, clip, vae = load(checkpoints.open_checkpoint(folder), engine, precision)
     patched = plain.clone()
     shape = plain.model.state_dict()[key].shape
     patched.add_patches({key: ("diff", (torch.full(shape, 0.25),))}, 1.0)
@@ -189,10 +203,20 @@ def test_patches_are_baked_in(engine: str, layout: str, models: Path, folder: Pa
     assert not torch.equal(changed, unchanged)
     report = save((patched, clip, vae), layout)
     assert "1 weights with LoRA" in report
-    assert torch.equal(velocity(load(saved(models, layout), engine, "fp32")[0]), changed)
+    assert torch.equal(velocity(load(saved(models, layout), engine, precision)[0]), changed)
     velocity(patched)  # leaves its patches in the weights that both clones share
     save((plain, clip, vae), layout, overwrite=True)
-    assert torch.equal(velocity(load(saved(models, layout), engine, "fp32")[0]), unchanged)
+    assert torch.equal(velocity(load(saved(models, layout), engine, precision)[0]), unchanged)
+
+
+def test_weights_in_the_hands_of_group_offload_are_left_alone(models: Path, folder: Path) -> None:
+    from longcat_pack.longcat_backend.comfy_bridge import patchers
+
+    model = load(checkpoints.open_checkpoint(folder), "diffusers")[0]
+    grouped = patchers.group_patcher(model.model, model.load_device, model.offload_device)
+    grouped.attachments = model.attachments
+    with pytest.raises(LongCatError, match="group offload"):
+        save((grouped, None, None), "comfyui")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("fp32", torch.float32)])

@@ -153,12 +153,21 @@ def _not_loaded(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], str]:
     try:
         stored = checkpoint.weights("text_encoder")
     except LongCatError:
-        return {}, "no vision tower and output head: the checkpoint that the CLIP was loaded from is gone"
+        return {}, (
+            "no vision tower and output head: the checkpoint that the CLIP was loaded from is gone "
+            "不含视觉塔和输出头：CLIP 的来源已不存在"
+        )
     kept = set(text_encoder.language_keys(stored).values())
     rest = {key.removeprefix(_PUBLISHED): stored[key] for key in stored if key not in kept}
     if not rest:
-        return {}, "no vision tower and output head: the checkpoint that the CLIP was loaded from has none"
-    return rest, "vision tower and output head copied from the checkpoint that the CLIP was loaded from"
+        return {}, (
+            "no vision tower and output head: the checkpoint that the CLIP was loaded from has none "
+            "不含视觉塔和输出头：CLIP 的来源中没有"
+        )
+    return rest, (
+        "vision tower and output head copied from the checkpoint that the CLIP was loaded from "
+        "视觉塔和输出头从 CLIP 的来源复制"
+    )
 
 
 def _is_marker(key: str) -> bool:

@@ -61,7 +61,11 @@ def save(
     write = _write_folder if layout == FOLDER else _write_files
     lines = write(path, parts, precision_name, tokenizer, overwrite)
     for part in parts:
-        lines += [f"{part.part}: {part.patches} weights with LoRA or other patches baked in"] if part.patches else []
+        if part.patches:
+            lines.append(
+                f"{part.part}: {part.patches} weights with LoRA or other patches baked in "
+                f"已合并 {part.patches} 个权重上的 LoRA 等补丁"
+            )
         lines += [f"{part.part}: {note}" for note in part.notes]
     return "\n".join(lines)
 
@@ -106,7 +110,10 @@ def _write_folder(
         verification.verify(checkpoints.open_checkpoint(folder))
     lines = [f"{target}: {_size(size)}"]
     lines += [f"{part}: {_dtypes(entries)}" for part, entries in contents.items()]
-    missing = "text_processor is missing: the checkpoint's folder that had it is gone. LongCatLoader does not need it."
+    missing = (
+        "text_processor is missing: the CLIP's checkpoint has none. LongCatLoader does not need it. "
+        "缺少 text_processor：CLIP 的来源中没有；LongCatLoader 不需要它。"
+    )
     return lines if complete else [*lines, missing]
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from optimum.quanto import QTensor, qint4, qtypes
 from optimum.quanto.nn import QLinear
+from optimum.quanto.tensor.grouped import ungroup
+from optimum.quanto.tensor.qbits import QBitsTensor
 from torch import nn
 from torch.nn import functional
 
@@ -34,7 +36,7 @@ class QuantisedLinear(QLinear):
         With gradients it saves the quantised weight for the backward pass; without, there is nothing to save.
         """
         if self.weight_qtype == qint4 and not torch.is_grad_enabled():
-            return functional.linear(input, self.weight.dequantize(), self.bias)
+            return functional.linear(input, unpacked(self.weight), self.bias)
         result: torch.Tensor = super().forward(input)
         return result
 
@@ -57,6 +59,18 @@ class QuantisedLinear(QLinear):
             )
         applied: QuantisedLinear = super()._apply(fn, recurse)
         return applied
+
+
+def unpacked(weight: QBitsTensor) -> torch.Tensor:
+    """An int4 weight in the dtype of its scales; what quanto's ``dequantize`` gives.
+
+    On CUDA that one is a kernel which quanto compiles when it is first used, with nvcc, for a minute or in vain.
+    """
+    packed = weight._data
+    values = torch.cat([packed._data & 0x0F, packed._data // 0x10])[: packed.shape[0]]  # two to a byte
+    scaled = weight._scale * values - weight._shift
+    plain: torch.Tensor = ungroup(scaled, axis=weight.axis, orig_shape=weight.shape)
+    return plain
 
 
 def require(preset: Preset, device: torch.device) -> None:

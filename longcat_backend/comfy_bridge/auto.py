@@ -7,7 +7,7 @@ import comfy.model_management
 import torch
 from comfy.cli_args import args
 
-from .. import memory, precision
+from .. import memory, precision, quantisation
 from ..checkpoints import Checkpoint
 from ..devices import DevicePolicy
 from ..errors import LongCatError
@@ -26,13 +26,8 @@ def engine(chosen: str, precision_name: str, offload: GroupOffload | None) -> st
     Raises:
         LongCatError: group offload was asked of the core engine, or of weights that it cannot move.
     """
-    if offload is not None and precision_name in PRESETS and PRESETS[precision_name].backend == "quanto":
-        raise LongCatError(
-            f"Group offload cannot move weights in {precision_name}, only all at once. Set offload to auto, or the "
-            "precision to bf16 or fp8-torchao.",
-            f"分组卸载无法移动 {precision_name} 格式的权重，它们只能整体移动。请把卸载设为 auto，"
-            "或把精度设为 bf16 或 fp8-torchao。",
-        )
+    if offload is not None and precision_name in PRESETS:
+        quantisation.check_group_offload(PRESETS[precision_name], offload.host == "disk")
     if chosen == "core" and offload is not None:
         raise LongCatError(
             "Group offload belongs to the diffusers engine, but the engine is core. Set engine to auto or diffusers, "

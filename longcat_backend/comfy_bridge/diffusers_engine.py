@@ -36,6 +36,11 @@ class DiffusionModel(nn.Module):
         """Dtype of the weights; ComfyUI casts its inputs to it."""
         return self.velocity.dtype
 
+    @torch.inference_mode(False)
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class; quantised tensors could not be detached in the inference mode of nodes."""
+        return super().state_dict(*args, **kwargs)
+
     def forward(
         self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:

@@ -40,7 +40,7 @@ def whole_patcher(model: nn.Module, load_device: torch.device, offload_device: t
 
 def group_patcher(model: nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
     """A manager that leaves the weights to diffusers' group offload, which has hooked the model."""
-    largest = max((comfy.model_management.module_size(part) for part in _blocks(model)), default=1)
+    largest = max((stored_bytes(part) for part in _blocks(model)), default=1)
     return _group_class()(model, load_device, offload_device, size=2 * largest)
 
 
@@ -118,10 +118,10 @@ def _whole_class() -> Any:
             _note_loaded(self, device_to)
 
         def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
-            """Put the originals back before the base class moves the model."""
+            """Put the originals back; there is nothing left for the base class to move."""
             if unpatch_weights:
                 _take_home(self.model)
-            super().unpatch_model(device_to, unpatch_weights)
+            super().unpatch_model(None, unpatch_weights)
 
         def add_patches(self, patches: Any, *args: Any, **kwargs: Any) -> Any:
             """Refuse: a patch on weights of this kind would change nothing, and say nothing."""
@@ -159,6 +159,7 @@ def _is_away(model: nn.Module) -> bool:
     return bool(getattr(model, _HOME, None))
 
 
+@torch.inference_mode(False)  # in which quantised tensors can be neither copied nor made parameters
 def _copy_to(model: nn.Module, device: Any) -> None:
     """Put copies on the device in the place of parameters and buffers, and keep the originals."""
     home: list[tuple[dict[str, Any], str, Any]] = []

@@ -97,7 +97,7 @@ def test_auto_takes_core_unless_a_setting_belongs_to_diffusers(
 
 def test_group_offload_cannot_move_quantos_weights() -> None:
     """Their parts would stay on the CPU, and the first forward fail with two devices."""
-    with pytest.raises(LongCatError, match="cannot move weights in int8-quanto"):
+    with pytest.raises(LongCatError, match="cannot move weights of the precision .int8-quanto."):
         auto.engine("auto", "int8-quanto", GroupOffload("leaf"))
 
 

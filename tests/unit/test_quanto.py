@@ -317,3 +317,22 @@ def test_int4_keeps_its_bits_when_it_moves(quantised: Callable[[str], Velocity])
     moved = dict(quantisation.leaves(layer.weight.to("cpu", copy=True), LAYER))
     assert leaves.keys() == moved.keys()
     assert all(torch.equal(leaves[key], moved[key]) for key in leaves)
+
+
+def test_int4_is_unpacked_without_quantos_own_kernel(
+    quantised: Callable[[str], Velocity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA quanto would compile it on first use, which takes nvcc and a minute."""
+    layer = quantised("int4-quanto").transformer.get_submodule(LAYER)
+    expected = layer.weight.dequantize()
+    from longcat_pack.longcat_backend import quanto_layers
+
+    assert torch.equal(quanto_layers.unpacked(layer.weight), expected)
+
+    def compiled(*args: Any) -> None:
+        raise AssertionError("quanto's kernel was asked for")
+
+    monkeypatch.setattr(torch.ops.quanto, "unpack", compiled)
+    with torch.inference_mode():
+        rows = torch.randn(2, layer.in_features)
+        assert torch.equal(layer(rows), torch.nn.functional.linear(rows, expected, layer.bias))

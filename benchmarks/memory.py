@@ -12,8 +12,9 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ RESULT = ROOT / "benchmarks" / "results" / "memory.json"
 RECIPES = ROOT / "benchmarks" / "full_size" / "recipes.json"
 GIB = 2**30
 SETTINGS = {"size": 1024, "steps": 8, "guidance": 4.5}
-LIMIT_S = 150
+LIMIT_S = 120
 
 
 class Card:
@@ -42,35 +43,71 @@ class Card:
             self._taken = torch.empty(max(0, surplus), dtype=torch.uint8, device="cuda")
 
 
-def measure(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a recipe in a process of its own; its numbers, or how it failed."""
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.full_size.worker", json.dumps(recipe)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {LIMIT_S} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        lines = [line[:300] for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        return {"failed": " | ".join([f"exit status {done.returncode}", *lines[-25:]])[-4000:]}
-    result: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
-    return {**result, "process_s": round(time.perf_counter() - start, 1)}
+class Worker:
+    """The process of one recipe; every answer is waited for with a limit, and a death told with its last words."""
+
+    def __init__(self, recipe: Mapping[str, Any]) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the worker)
+        command = [sys.executable, "-m", "benchmarks.full_size.worker", json.dumps(recipe)]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self._timer = threading.Timer(LIMIT_S, self._process.kill)
+        self._timer.start()
+
+    def ask(self, line: str | None, answer: str) -> str:
+        """Send a line and give the rest of the first line that begins with ``answer``."""
+        if line is not None and self._process.stdin is not None:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        for said in self._process.stdout or ():
+            if said.startswith(answer):
+                return said.removeprefix(answer).strip()
+        raise RuntimeError(self._last_words())
+
+    def _last_words(self) -> str:
+        status = self._process.wait()
+        self._log.seek(0)
+        lines = [line.strip()[:300] for line in self._log if line.strip()]
+        return " | ".join([f"exit status {status}", *lines[-20:]])[-3000:]
+
+    def close(self) -> None:
+        """End the process."""
+        self._timer.cancel()
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+
+def measure(recipe: Mapping[str, Any], card: Card) -> Iterator[dict[str, Any]]:
+    """Run a recipe on every card that it names, the smallest first, which is also the one that it is loaded on."""
+    card.leave(recipe["caps"][0])
+    worker = Worker(recipe)
+    loading = None
+    for cap in recipe["caps"]:
+        row = {"name": recipe["name"], "cap_gib": cap}
+        try:
+            loading = loading or worker.ask(None, "READY")
+            card.leave(cap)
+            yield {**row, "load_s": float(loading), **json.loads(worker.ask(json.dumps(cap), "RESULT"))}
+            worker.ask(None, "FREED")
+        except (RuntimeError, OSError) as error:
+            yield {**row, "failed": str(error)}
+            break
+    worker.close()
 
 
 def run_all(recipes: Sequence[Mapping[str, Any]], folder: Path, out: Path, deadline: float) -> None:
-    """Measure every recipe under every card that it names, writing the table after each."""
+    """Measure every recipe, writing the table after each row."""
     card = Card()
     rows: list[dict[str, Any]] = []
     for recipe in recipes:
-        for cap in recipe["caps"]:
-            if time.perf_counter() > deadline:
-                rows.append({"name": recipe["name"], "cap_gib": cap, "failed": "no time left"})
-                continue
-            card.leave(cap)
-            row = measure({**SETTINGS, **recipe, "cap_gib": cap, "folder": str(folder)})
-            rows.append({"name": recipe["name"], "cap_gib": cap, **row})
-            print(json.dumps(rows[-1]), flush=True)
+        if time.perf_counter() > deadline:
+            print(f"no time left for {recipe['name']}", flush=True)
+            continue
+        for row in measure({**SETTINGS, **recipe, "folder": str(folder)}, card):
+            rows.append(row)
+            print(f"{time.perf_counter():.0f} {json.dumps(row)}", flush=True)
             out.write_text(json.dumps(report(rows), indent=2) + "\n", encoding="utf-8")
 
 

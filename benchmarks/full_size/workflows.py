@@ -62,15 +62,15 @@ def core(recipe: Mapping[str, Any]) -> Workflow:
     import comfy.sd
     import comfy.utils
 
-    from longcat_pack.longcat_backend import checkpoints, transformer
+    from longcat_pack.longcat_backend import checkpoints, text_encoder, transformer
     from longcat_pack.longcat_backend.comfy_bridge import core_engine, sampling
     from longcat_pack.longcat_backend.comfy_bridge import vae as vae_bridge
 
     checkpoint = checkpoints.open_checkpoint(Path(recipe["folder"]))
     model = comfy.sd.load_diffusion_model_state_dict(dict(core_engine.convert(transformer.audited_weights(checkpoint))))
-    encoder = comfy.sd.load_text_encoder_state_dicts(
-        [dict(checkpoint.weights("text_encoder"))], clip_type=comfy.sd.CLIPType.LONGCAT_IMAGE
-    )
+    stored = checkpoint.weights("text_encoder")
+    weights = {f"model.{name}": stored[key] for name, key in text_encoder.language_keys(stored).items()}
+    encoder = comfy.sd.load_text_encoder_state_dicts([weights], clip_type=comfy.sd.CLIPType.LONGCAT_IMAGE)
     decoder = vae_bridge.load(checkpoint)
 
     forwards = counted(model)

@@ -334,5 +334,5 @@ def test_int4_is_unpacked_without_quantos_own_kernel(
 
     monkeypatch.setattr(torch.ops.quanto, "unpack", compiled)
     with torch.inference_mode():
-        rows = torch.randn(2, layer.in_features)
+        rows = torch.randn(2, layer.in_features, dtype=expected.dtype)
         assert torch.equal(layer(rows), torch.nn.functional.linear(rows, expected, layer.bias))

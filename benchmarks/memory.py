@@ -128,6 +128,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="JSON list of recipes")
     parser.add_argument("--only", nargs="*", default=[], help="names of the recipes to run (default: all)")
+    parser.add_argument(
+        "--folder", type=Path, help="a checkpoint that full_size/checkpoint.py wrote (default: a new one)"
+    )
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no recipe after so many")
     options = parser.parse_args()
@@ -140,11 +143,10 @@ def main() -> None:
     from benchmarks.full_size import checkpoint
 
     with tempfile.TemporaryDirectory() as root:
-        start = time.perf_counter()
-        folder = Path(root) / "LongCat-Image"
-        checkpoint.build(folder)
-        torch.cuda.empty_cache()
-        print(f"random checkpoint written in {time.perf_counter() - start:.0f} s", flush=True)
+        folder = options.folder or Path(root) / "LongCat-Image"
+        if not folder.exists():
+            checkpoint.build(folder)
+            torch.cuda.empty_cache()
         run_all(recipes, folder, options.out, deadline)
 
 

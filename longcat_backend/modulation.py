@@ -85,6 +85,7 @@ class ModulationTable:
         finally:
             self._current = None
             self._inputs = None
+            self._plan = dict  # the embedding belongs to the model, which must not be kept by its own table
 
     def row(self, layer: str, conditioning: torch.Tensor, project: Project) -> torch.Tensor | None:
         """The layer's result at the current noise level, or None where the layer has to compute by itself.

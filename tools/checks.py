@@ -11,7 +11,7 @@ from pathlib import Path
 from .environment import Environment, link_directory
 
 ALIAS = "longcat_pack"
-TIERS = ("unit", "parity", "host", "browser")
+TIERS = ("unit", "parity", "host", "device", "browser")
 # Packages, and modules that mypy follows to what they use.
 TYPED = ("-p", "longcat_backend", "-p", "nodes", "-m", "tools.checks", "-m", "tools.demo")
 

@@ -37,8 +37,12 @@ SAVING = ("SaveImage", "LongCatDecode", "VAEDecode")
 
 def saved_latent(server: ComfyServer, graph: Graph, sampler: str) -> torch.Tensor:
     """Run a graph and read the latent (batch, 16, h, w) that its sampler made."""
-    result = server.run(with_latent_saved(graph, sampler))
-    reference = result.outputs["latent"]["latents"][0]
+    return read_latent(server, server.run(with_latent_saved(graph, sampler)), "latent")
+
+
+def read_latent(server: ComfyServer, result: Result, node: str) -> torch.Tensor:
+    """The latent (batch, 16, h, w) that a SaveLatent node of a finished prompt wrote."""
+    reference = result.outputs[node]["latents"][0]
     path = server.base_dir / "output" / reference["subfolder"] / reference["filename"]
     return load(path.read_bytes())["latent_tensor"]
 

@@ -1,5 +1,6 @@
 """The two READMEs say the same, their links lead somewhere, and their map shows the house as it is."""
 
+import json
 import re
 from pathlib import Path
 
@@ -58,6 +59,22 @@ def test_links_lead_somewhere(text: str, pack_dir: Path) -> None:
             assert target[1:] in anchors
         elif not target.startswith("https://"):
             assert (pack_dir / target).exists(), target
+
+
+CARD = re.compile(r"^\| (\d+) GB \|.*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+
+
+def test_the_cards_figures_are_measured_ones(text: str, pack_dir: Path) -> None:
+    """Each row of the table of cards is a row of one committed run, rounded."""
+    result = json.loads((pack_dir / "benchmarks" / "results" / "memory.json").read_text(encoding="utf-8"))
+    measured = {
+        (row["cap_gib"], f"{row['step_s']:.3f}", f"{row['device_gib']:.1f}", f"{row['host_gib']:.1f}")
+        for row in result["rows"]
+        if "failed" not in row
+    }
+    cards = CARD.findall(text)
+    assert len(cards) >= 8
+    assert all((int(card), *figures) in measured for card, *figures in cards), measured
 
 
 def test_both_languages_have_the_same_content(pack_dir: Path) -> None:

@@ -37,7 +37,7 @@ def castable(operations: Any, layer: nn.Linear, dtype: torch.dtype) -> nn.Module
     return linear
 
 
-class TabulatedLinear(comfy.ops.manual_cast.Linear):  # type: ignore[misc]
+class TabulatedLinear(comfy.ops.manual_cast.Linear):
     """A modulation layer whose weights stay on the CPU; a table answers for the noise levels it knows."""
 
     def __init__(self, name: str, table: ModulationTable, layer: nn.Linear, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """One checkpoint to MODEL, CLIP and VAE."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import comfy.model_management
@@ -11,7 +12,8 @@ from ..checkpoints import Checkpoint
 from ..memory import GroupOffload
 from . import auto, clip, core_engine, devices, diffusers_engine, files, formats, vae
 
-ENGINES = {"core": core_engine.load, "diffusers": diffusers_engine.load}
+Engine = Callable[..., comfy.model_patcher.ModelPatcher]
+ENGINES: dict[str, Engine] = {"core": core_engine.load, "diffusers": diffusers_engine.load}
 
 
 def verify(name: str, text_encoder_file: str = files.AUTO, vae_file: str = files.AUTO) -> None:

@@ -77,7 +77,7 @@ def managed_size(model: nn.Module) -> int:
 
 @lru_cache
 def _castable_class(base: Any) -> Any:
-    class CastablePatcher(base):  # type: ignore[misc]
+    class CastablePatcher(base):
         """Weights of castable layers are managed by ``base``; tabulated layers stay on the CPU.
 
         The rest, norms and buffers of a few kilobytes, always goes to the device, since no layer of the other

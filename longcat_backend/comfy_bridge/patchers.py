@@ -97,6 +97,12 @@ def _castable_class(base: Any) -> Any:
             _sync_table(self.model, self.patches_uuid)
             return result
 
+        def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+            """As in the base class; the rows go with the weights, as both take memory of the device."""
+            if unpatch_weights:
+                _sync_table(self.model, None)
+            super().unpatch_model(device_to, unpatch_weights)
+
         def apply_hooks(self, hooks: Any, *args: Any, **kwargs: Any) -> Any:
             """Weight hooks change weights between steps, and the rows with them."""
             if hooks != self.current_hooks:

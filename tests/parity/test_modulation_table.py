@@ -143,3 +143,14 @@ def test_the_weights_behind_the_table_stay_aside(engine: str, load: Load) -> Non
     tabulated.model.to("meta")
     assert all(layer.weight.device.type == "cpu" for layer in layers.values())
     assert patchers.get_table(tabulated.model) is not None and patchers.get_table(plain.model) is None
+
+
+@pytest.mark.parametrize("engine", ["core", "diffusers"])
+def test_unloading_frees_the_rows(engine: str, load: Load, conditioning: Any) -> None:
+    """They are on the device too, and "free memory" means all of it."""
+    model = load(engine, "fp32", tabulate=True)
+    velocities(model, conditioning(PROMPTS[0]), conditioning(""), (2, 1.0))
+    table = patchers.get_table(model.model)
+    assert table is not None and table._rows
+    model.detach()
+    assert not table._rows

@@ -19,18 +19,20 @@ from .errors import LongCatError
 _LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 _OTHER_PARTS = ("visual.", "model.visual.", "lm_head.")
 _PAD_POSITION = 1
+_SHORT = (torch.bfloat16, torch.float16)
 
 
 class HostEmbedding(nn.Module):
     """The token embedding, on the CPU: of its 1.09 GB a prompt needs a few rows."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = weight  # no parameter, so that nothing moves it
+        self.dtype = dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of token ids, on the device of the ids."""
-        return functional.embedding(ids.cpu(), self.weight).to(ids.device)
+        """Rows of token ids, on the device of the ids, in the dtype of the computation."""
+        return functional.embedding(ids.cpu(), self.weight).to(ids.device, self.dtype)
 
 
 class TextEncoder(nn.Module):
@@ -58,22 +60,40 @@ class TextEncoder(nn.Module):
         Returns:
             (1, 512, hidden size), the last hidden state after the final norm.
         """
-        pads = prompts.MAX_TOKENS - len(ids)
-        tokens = [*self.prefix, *ids] + [self.pad] * min(pads, 1)
-        length = len(self.prefix) + len(ids)
-        device = device or torch.device("cpu")
-        mask = torch.ones(1, len(tokens), dtype=torch.long, device=device)
+        embeddings = self.embed((*self.prefix, *ids), device)
+        positions = torch.arange(embeddings.shape[1]).expand(3, -1)
+        hidden = self.hidden_states(embeddings, positions, prompts.MAX_TOKENS - len(ids))
+        return hidden[:, len(self.prefix) :]
+
+    def embed(self, tokens: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
+        """Embeddings (1, tokens, hidden size) of token ids before the first layer."""
+        embeddings: torch.Tensor = self.model.embed_tokens(torch.tensor([tokens], dtype=torch.long, device=device))
+        return embeddings
+
+    @torch.no_grad()
+    def hidden_states(self, embeddings: torch.Tensor, positions: torch.Tensor, pads: int) -> torch.Tensor:
+        """The last hidden states of a sequence, with ``pads`` pads after it, of which one is computed.
+
+        Args:
+            embeddings: (1, tokens, hidden size).
+            positions: (3, tokens), in time, row and column.
+
+        Returns:
+            (1, tokens + pads, hidden size).
+        """
+        length, device = embeddings.shape[1], embeddings.device
+        pad = [self.pad] * min(pads, 1)
+        embeddings = torch.cat([embeddings, self.embed(pad, device)], dim=1)
+        positions = torch.cat([positions, torch.full((3, len(pad)), _PAD_POSITION)], dim=1)
+        mask = torch.ones(1, embeddings.shape[1], dtype=torch.long, device=device)
         mask[:, length:] = 0
-        positions = torch.arange(len(tokens), device=device)
-        positions[length:] = _PAD_POSITION
         hidden = self.model(
-            input_ids=torch.tensor([tokens], device=device),
+            inputs_embeds=embeddings,
             attention_mask=mask,
-            position_ids=positions.expand(3, 1, -1),
+            position_ids=positions[:, None].to(device),
             use_cache=False,
         ).last_hidden_state
-        text = hidden[:, len(self.prefix) : length]
-        return torch.cat([text, hidden[:, length:].expand(-1, pads, -1)], dim=1)
+        return torch.cat([hidden[:, :length], hidden[:, length:].expand(-1, pads, -1)], dim=1)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -117,6 +137,7 @@ def load_text_encoder(
     dtype: torch.dtype,
     prepare: Callable[[nn.Module], None] = lambda model: None,
     convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda weights: weights,
+    keep_stored: bool = False,
 ) -> TextEncoder:
     """Build the encoder from its own config and load only the decoder layers.
 
@@ -124,6 +145,7 @@ def load_text_encoder(
         dtype: of the embeddings, and of the weights unless ``convert`` gives them others.
         prepare: exchanges layers of the model while it has no weights yet.
         convert: the weights that the exchanged layers take.
+        keep_stored: leave 16-bit weights as the files have them, for layers that widen them when they are used.
 
     Raises:
         LongCatError: see :func:`audited_shapes`; or the tokenizer has more tokens than the encoder.
@@ -139,8 +161,12 @@ def load_text_encoder(
     model = empty_text_model(checkpoint.configs["text_encoder"])
     prepare(model)
     stored = checkpoint.weights("text_encoder")
-    weights = {name: stored[key].to(dtype) for name, key in language_keys(stored).items()}
-    model.embed_tokens = HostEmbedding(weights.pop("embed_tokens.weight"))
+    kept = _SHORT if keep_stored else ()
+    weights = {
+        name: weight if weight.dtype in kept else weight.to(dtype)
+        for name, weight in ((name, stored[key]) for name, key in language_keys(stored).items())
+    }
+    model.embed_tokens = HostEmbedding(weights.pop("embed_tokens.weight"), dtype)
     model.load_state_dict(convert(weights), assign=True)
     _compute_buffers(model, model.config)
     return TextEncoder(model.eval().requires_grad_(False), tokenizer, dtype)

@@ -58,8 +58,9 @@ def preset(
     exact = next(known for known in PRESETS.values() if known.dtype == dtype)
     lossy = [PRESETS[_LOSSY]] if _LOSSY in allowed and policy.supports(PRESETS[_LOSSY], weight_only) else []
     shapes = {part: checkpoint.shapes(part) for part in _FILES}
+    dtypes = {part: _stored_dtype(checkpoint, part, dtype) for part in _FILES}
     parts = {
-        known.name: {part: memory.weigh(shapes[part], part, known, dtype, tabulate) for part in _FILES}
+        known.name: {part: memory.weigh(shapes[part], part, known, dtypes[part], tabulate) for part in _FILES}
         for known in (exact, *lossy)
     }
     totals = {known: sum(part.total for part in weights.values()) for known, weights in parts.items()}
@@ -67,6 +68,22 @@ def preset(
     taken = memory.auto_precision(exact, lossy, totals, host_free)
     _log(component, taken, parts[taken.name][component], policy.device, host_free)
     return taken
+
+
+def keeps_stored(name: str, dtype: torch.dtype) -> bool:
+    """Whether the encoder's 16-bit weights stay as they are stored: ``auto`` on a device that computes in fp32.
+
+    Widened when they are used they give the same bits as widened once, in half the memory.
+    """
+    return name == precision.AUTO and dtype is torch.float32
+
+
+def _stored_dtype(checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a part's weights will lie in memory, the exact precision being ``dtype``."""
+    if part != "text_encoder" or not keeps_stored(precision.AUTO, dtype):
+        return dtype
+    stored = next(iter(checkpoint.weights(part).values())).dtype
+    return stored if stored.itemsize < dtype.itemsize else dtype
 
 
 def _flagged(component: str) -> torch.dtype | None:

@@ -78,17 +78,18 @@ class EncoderModel(nn.Module):
         return embeddings.float().to(comfy.model_management.intermediate_device()), None
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset) -> comfy.sd.CLIP:
+def load(checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset, keep_stored: bool = False) -> comfy.sd.CLIP:
     """The checkpoint's text encoder and tokenizer as a CLIP.
 
     Args:
         dtype: of the computation, and of every weight that is not quantised.
+        keep_stored: see :func:`text_encoder.load_text_encoder`.
 
     Raises:
         LongCatError: see :func:`text_encoder.load_text_encoder`, :mod:`kitchen` and :func:`quantisation.quantise`.
     """
     tokenizer = load_tokenizer(checkpoint)
-    model = EncoderModel(_load_encoder(checkpoint, tokenizer, dtype, preset))
+    model = EncoderModel(_load_encoder(checkpoint, tokenizer, dtype, preset, keep_stored))
     target = comfy.supported_models_base.ClipTarget(tokenizer=lambda **_: Tokenizer(tokenizer), clip=lambda **_: model)
     # No initial device: ComfyUI would load the model with a patcher that is exchanged in the next lines.
     clip = comfy.sd.CLIP(target, model_options={"dtype": dtype, "initial_device": None}, disable_dynamic=True)
@@ -99,7 +100,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset) -> comfy.sd
 
 
 def _load_encoder(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, preset: Preset
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, preset: Preset, keep_stored: bool
 ) -> TextEncoder:
     if preset.backend == "quanto":
         with torch.inference_mode(False):  # whose tensors could not be packed
@@ -118,7 +119,7 @@ def _load_encoder(
         stored = checkpoint.quantised(_COMPONENT, preset.format)
         return kitchen.quantise(weights, _COMPONENT, preset, dtype, stored) if packed else weights
 
-    encoder = load_text_encoder(checkpoint, tokenizer, dtype, prepare, convert)
+    encoder = load_text_encoder(checkpoint, tokenizer, dtype, prepare, convert, keep_stored)
     if packed:
         kitchen.verify(encoder.model, _COMPONENT, preset)
     return encoder

@@ -70,7 +70,8 @@ def load_encoder(checkpoint: Checkpoint, precision_name: str) -> comfy.sd.CLIP:
     """
     policy = devices.policy(comfy.model_management.text_encoder_device())
     preset = auto.preset(checkpoint, "text_encoder", precision_name, precision.ENCODER_PRESETS, policy, tabulate=True)
-    return clip.load(checkpoint, preset.dtype or policy.compute_dtype("text_encoder"), preset)
+    dtype = preset.dtype or policy.compute_dtype("text_encoder")
+    return clip.load(checkpoint, dtype, preset, keep_stored=auto.keeps_stored(precision_name, dtype))
 
 
 def load_model(

@@ -137,3 +137,18 @@ def test_every_preset_is_some_engines() -> None:
     assert set(PRESETS) == {name for names in ENGINE_PRESETS.values() for name in names}
     assert set(ENCODER_PRESETS) <= set(PRESETS)
     assert not precision.is_quantised("transformer", "transformer_blocks.0.norm1.linear")
+
+
+def test_auto_on_a_device_without_bf16_keeps_16_bit_weights_and_the_same_bits(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Mac's encoder runs on its CPU: 14 GB of weights in place of 28."""
+    from longcat_pack.longcat_backend.devices import DevicePolicy
+
+    weights = {key: value.bfloat16() for key, value in checkpoint.weights("text_encoder").items()}
+    monkeypatch.setattr(type(checkpoint), "weights", lambda self, part: weights)
+    monkeypatch.setattr(DevicePolicy, "compute_dtype", lambda self, component: torch.float32)
+    chosen, widened = loading.load_encoder(checkpoint, "auto"), loading.load_encoder(checkpoint, "fp32")
+    assert 2 * chosen.patcher.model_size() == widened.patcher.model_size()
+    ours, expected = (clip_bridge.encode(clip, "红圆, a red circle")[0][0][0] for clip in (chosen, widened))
+    assert torch.equal(ours, expected)

@@ -13,11 +13,12 @@ from ..devices import DevicePolicy
 from ..errors import LongCatError
 from ..memory import GroupOffload
 from ..precision import PRESETS, Preset
+from . import devices
 
 logger = logging.getLogger(__name__)
 
 _LOSSY = "int8"  # the one that both the core engine and the encoder have kernels for on most cards
-_FILES = {"transformer": "transformer", "text_encoder": "text_encoder"}
+_PARTS = ("transformer", "text_encoder")
 
 
 def engine(chosen: str, precision_name: str, offload: GroupOffload | None) -> str:
@@ -54,13 +55,13 @@ def preset(
         chosen = precision.preset(name, allowed)
         policy.require(chosen, allowed, weight_only)
         return chosen
-    dtype = _flagged(component) or policy.compute_dtype(component)
+    dtype = _compute_dtype(component)
     exact = next(known for known in PRESETS.values() if known.dtype == dtype)
     lossy = [PRESETS[_LOSSY]] if _LOSSY in allowed and policy.supports(PRESETS[_LOSSY], weight_only) else []
-    shapes = {part: checkpoint.shapes(part) for part in _FILES}
-    dtypes = {part: _stored_dtype(checkpoint, part, dtype) for part in _FILES}
+    shapes = {part: checkpoint.shapes(part) for part in _PARTS}
+    dtypes = {part: _stored_dtype(checkpoint, part) for part in _PARTS}  # each on a device of its own
     parts = {
-        known.name: {part: memory.weigh(shapes[part], part, known, dtypes[part], tabulate) for part in _FILES}
+        known.name: {part: memory.weigh(shapes[part], part, known, dtypes[part], tabulate) for part in _PARTS}
         for known in (exact, *lossy)
     }
     totals = {known: sum(part.total for part in weights.values()) for known, weights in parts.items()}
@@ -78,12 +79,20 @@ def keeps_stored(name: str, dtype: torch.dtype) -> bool:
     return name == precision.AUTO and dtype is torch.float32
 
 
-def _stored_dtype(checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a part's weights will lie in memory, the exact precision being ``dtype``."""
+def _stored_dtype(checkpoint: Checkpoint, part: str) -> torch.dtype:
+    """The dtype in which a part's weights will lie in memory if ``auto`` takes the exact precision."""
+    dtype = _compute_dtype(part)
     if part != "text_encoder" or not keeps_stored(precision.AUTO, dtype):
         return dtype
     stored = next(iter(checkpoint.weights(part).values())).dtype
     return stored if stored.itemsize < dtype.itemsize else dtype
+
+
+def _compute_dtype(part: str) -> torch.dtype:
+    """What ``auto`` computes a part in: what ComfyUI was told, else what the part's device is best in."""
+    management = comfy.model_management
+    device = management.text_encoder_device() if part == "text_encoder" else management.get_torch_device()
+    return _flagged(part) or devices.policy(device).compute_dtype(part)
 
 
 def _flagged(component: str) -> torch.dtype | None:

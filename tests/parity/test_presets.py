@@ -152,3 +152,27 @@ def test_auto_on_a_device_without_bf16_keeps_16_bit_weights_and_the_same_bits(
     assert 2 * chosen.patcher.model_size() == widened.patcher.model_size()
     ours, expected = (clip_bridge.encode(clip, "红圆, a red circle")[0][0][0] for clip in (chosen, widened))
     assert torch.equal(ours, expected)
+
+
+def test_auto_weighs_each_part_as_its_own_device_holds_it(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Mac the transformer computes in bf16 and the encoder, on the CPU, in fp32."""
+    import comfy.model_management
+
+    from longcat_pack.longcat_backend import memory
+    from longcat_pack.longcat_backend.devices import DevicePolicy
+
+    dtypes = {"transformer": torch.bfloat16, "text_encoder": torch.float32}
+    monkeypatch.setattr(DevicePolicy, "compute_dtype", lambda self, component: dtypes[component])
+    weigh, seen = memory.weigh, {}
+
+    def noted(shapes: Any, component: str, preset: Any, dtype: torch.dtype, tabulate: bool) -> Any:
+        seen[component] = dtype
+        return weigh(shapes, component, preset, dtype, tabulate)
+
+    monkeypatch.setattr(memory, "weigh", noted)
+    loading.load_encoder(checkpoint, "auto")
+    stored = next(iter(checkpoint.weights("text_encoder").values())).dtype
+    assert seen == {"transformer": torch.bfloat16, "text_encoder": stored}
+    assert comfy.model_management.text_encoder_device().type == "cpu"

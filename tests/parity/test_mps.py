@@ -17,6 +17,7 @@ from longcat_pack.longcat_backend import transformer as backend
 from longcat_pack.longcat_backend.comfy_bridge import clip as clip_bridge
 from longcat_pack.longcat_backend.comfy_bridge import devices, guidance, loading, sampling
 from longcat_pack.longcat_backend.comfy_bridge import vae as vae_bridge
+from longcat_pack.longcat_backend.comfy_bridge.castable import TabulatedLinear
 from longcat_pack.longcat_backend.devices import DevicePolicy
 from longcat_pack.longcat_backend.errors import LongCatError
 from longcat_pack.longcat_backend.memory import GroupOffload
@@ -262,8 +263,11 @@ def test_group_offload_draws_the_same(offload: GroupOffload, on_cpu: Any, monkey
     """No part of a group is left behind, and the table's plan finds the time embedding on the device."""
     expected = on_cpu("diffusers")
     with emulated_mac(monkeypatch, fp32_vae=True), torch.inference_mode():
-        drawn = draw(loading.load(NAME, "diffusers", "fp32", "fp32", offload=offload))
+        parts = loading.load(NAME, "diffusers", "fp32", "fp32", offload=offload)
+        drawn = draw(parts)
     assert error(drawn.pixels, expected.pixels) <= TOLERANCE
+    tabulated = [layer for layer in parts[0].model.modules() if isinstance(layer, TabulatedLinear)]
+    assert tabulated and not any(list(layer.parameters()) for layer in tabulated)  # nothing that a group could move
 
 
 def test_group_offload_with_a_stream_needs_a_device_that_has_them(mac: None) -> None:

@@ -30,17 +30,22 @@ class PromptTokens:
     quoted: tuple[str, ...]
     cut: str
 
-    def report(self) -> str:
-        """What was encoded, in both languages: token count, quoted text, and the text that was cut off."""
-        lines = [f"tokens 词元: {len(self.ids)} / {MAX_TOKENS}"]
+    def report(self, notes: Sequence[str] = ()) -> str:
+        """What was encoded, in both languages: token count, quoted text, notes, and the text that was cut off."""
         drawn = "  ".join(self.quoted) if self.quoted else "none 无"
-        lines.append(f"quoted text, encoded character by character 引号文字（逐字编码）: {drawn}")
-        if self.cut:
-            lines.append(
-                f"CUT 已截断: {self.total - MAX_TOKENS} tokens over the limit were not encoded "
-                f"超出上限的词元未编码: {self.cut}"
-            )
-        return "\n".join(lines)
+        lines = [
+            f"tokens 词元: {len(self.ids)} / {MAX_TOKENS}",
+            f"quoted text, encoded character by character 引号文字（逐字编码）: {drawn}",
+            *notes,
+        ]
+        return "\n".join([*lines, self.cut_report()] if self.cut else lines)
+
+    def cut_report(self) -> str:
+        """How many tokens were not encoded, and their text."""
+        return (
+            f"CUT 已截断: {self.total - MAX_TOKENS} tokens over the limit were not encoded "
+            f"超出上限的词元未编码: {self.cut}"
+        )
 
 
 def split_quoted(prompt: str) -> list[tuple[str, bool]]:

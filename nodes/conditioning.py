@@ -30,19 +30,26 @@ class LongCatTextEncode(io.ComfyNode):
                     tooltip="What to draw, in Chinese or English, up to 512 tokens. Text in '…', \"…\", ‘…’ or “…” is "
                     "encoded character by character so that the model can draw it. Empty is allowed.",
                 ),
+                io.Boolean.Input(
+                    "normalise_quotes",
+                    default=False,
+                    optional=True,
+                    tooltip="Encode text in 「…」『…』《…》〈…〉«…» as if it were in “…”, which is what the model was "
+                    "trained on. The report shows the prompt that was encoded.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(tooltip="The encoded prompt."),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Token count, quoted text and what was cut off."
+                    "report", display_name="report", tooltip="Token count, quoted text, warnings, and what was cut off."
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls, clip: Any, prompt: str) -> io.NodeOutput:
+    def execute(cls, clip: Any, prompt: str, normalise_quotes: bool = False) -> io.NodeOutput:
         """Encode and report."""
-        return io.NodeOutput(*clip_bridge.encode(clip, prompt))
+        return io.NodeOutput(*clip_bridge.encode(clip, prompt, normalise_quotes))
 
 
 NODES = [LongCatTextEncode]

@@ -1,5 +1,7 @@
 """The text encoder as a ComfyUI CLIP."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -10,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .. import prompts, quantisation
+from .. import editing, prompt_care, prompts, quantisation
 from ..checkpoints import Checkpoint
+from ..editing import EditInput
 from ..errors import LongCatError
 from ..precision import Preset
 from ..text_encoder import TextEncoder, check_characters, load_text_encoder, load_tokenizer
@@ -20,7 +23,10 @@ from .castable import castable, replace_linears
 
 # The key under which ComfyUI's own LongCat encoder hands over its tokens.
 _KEY = "qwen25_7b"
+_PICTURES = "longcat_pictures"
 _COMPONENT = "text_encoder"
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -41,7 +47,16 @@ class Tokenizer:
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, **kwargs: Any
     ) -> dict[str, list[list[tuple[int, float]]]]:
-        """Tokens of a prompt in ComfyUI's shape: every weight is 1."""
+        """Tokens of a prompt in ComfyUI's shape: every weight is 1.
+
+        Raises:
+            LongCatError: there are pictures, which would be left out without a word.
+        """
+        if kwargs.get("images"):
+            raise LongCatError(
+                "This node's way to encode a picture is not LongCat's. Use LongCatEditEncode in its place.",
+                "该节点编码图像的方式与 LongCat 不同。请改用 LongCatEditEncode。",
+            )
         return {_KEY: [[(token, 1.0) for token in self.inspect(text).ids]]}
 
     def decode(self, ids: Any, **kwargs: Any) -> str:
@@ -62,6 +77,7 @@ class EncoderModel(nn.Module):
         self.encoder = encoder
         self.dtypes = {encoder.dtype}
         self.device: torch.device | None = None
+        self.vision: Any = None  # of :mod:`editing`, for the first picture; outside of this model's memory
 
     def reset_clip_options(self) -> None:
         """Forget the device of the last run."""
@@ -71,11 +87,22 @@ class EncoderModel(nn.Module):
         """Take the device to run on; LongCat always uses the last layer."""
         self.device = options.get("execution_device", self.device)
 
-    def encode_token_weights(self, tokens: dict[str, list[list[tuple[int, float]]]]) -> tuple[torch.Tensor, None]:
-        """Embeddings (prompts, 512, hidden size) and no pooled output."""
+    def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[torch.Tensor, None]:
+        """Embeddings (prompts, 512 and more with a picture, hidden size) and no pooled output."""
         prompts_ids = [[token for token, _ in pairs] for pairs in tokens[_KEY]]
-        embeddings = torch.cat([self.encoder.encode(ids, self.device) for ids in prompts_ids])
+        pictures = tokens.get(_PICTURES) or [None] * len(prompts_ids)
+        embeddings = torch.cat([self._encode(ids, picture) for ids, picture in zip(prompts_ids, pictures, strict=True)])
         return embeddings.float().to(comfy.model_management.intermediate_device()), None
+
+    def _encode(self, ids: Sequence[int], picture: EditInput | None) -> torch.Tensor:
+        if picture is None:
+            return self.encoder.encode(ids, self.device)
+        return editing.encode(self.encoder, ids, picture, self.device)
+
+
+def edit_tokens(ids: Sequence[int], pictures: Sequence[EditInput]) -> dict[str, Any]:
+    """Tokens of one instruction for each of some pictures, for :meth:`comfy.sd.CLIP.encode_from_tokens_scheduled`."""
+    return {_KEY: [[(token, 1.0) for token in ids] for _ in pictures], _PICTURES: list(pictures)}
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset, keep_stored: bool = False) -> comfy.sd.CLIP:
@@ -125,19 +152,41 @@ def _load_encoder(
     return encoder
 
 
-def encode(clip: comfy.sd.CLIP | None, prompt: str) -> tuple[list[Any], str]:
-    """CONDITIONING of a prompt and the report of what was encoded.
+def encode(clip: comfy.sd.CLIP | None, prompt: str, normalise_quotes: bool = False) -> tuple[list[Any], str]:
+    """CONDITIONING of a prompt and the report of what was encoded; what needs care is logged too.
+
+    Args:
+        normalise_quotes: encode the prompt with all quotes of the kind that the model was trained on.
 
     Raises:
-        LongCatError: the CLIP is not LongCatLoader's, so neither its positions nor its tokens are LongCat's.
+        LongCatError: see :func:`require_longcat`.
     """
-    if clip is None or not isinstance(clip.tokenizer, Tokenizer):
-        found = "nothing" if clip is None else type(clip.tokenizer).__name__
-        raise LongCatError(
-            f"LongCatTextEncode needs the CLIP of LongCatLoader, but got one with {found}. Connect LongCatLoader, or "
-            "use CLIPTextEncode with that CLIP.",
-            f"LongCatTextEncode 需要 LongCatLoader 的 CLIP，但接入的是 {found}。请连接 LongCatLoader，"
-            "或对该 CLIP 使用 CLIPTextEncode。",
-        )
+    clip = require_longcat(clip, "LongCatTextEncode")
+    care = prompt_care.inspect(prompt)
+    notes = []
+    if normalise_quotes and care.foreign:
+        prompt = care.normalised
+        notes.append(f"quotes normalised, encoded prompt 引号已替换，实际编码的提示词: {prompt}")
+        care = prompt_care.inspect(prompt)
+    tokens = clip.tokenizer.inspect(prompt)
+    for warning in [*care.warnings(), *([tokens.cut_report()] if tokens.cut else [])]:
+        logger.warning("LongCatTextEncode: %s", warning)
     conditioning: list[Any] = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    return conditioning, clip.tokenizer.inspect(prompt).report()
+    return conditioning, tokens.report([*notes, *care.warnings()])
+
+
+def require_longcat(clip: comfy.sd.CLIP | None, node: str) -> comfy.sd.CLIP:
+    """The CLIP, if it is LongCatLoader's.
+
+    Raises:
+        LongCatError: it is not, so neither its positions nor its tokens are LongCat's.
+    """
+    if clip is not None and isinstance(clip.tokenizer, Tokenizer):
+        return clip
+    found = "nothing" if clip is None else type(clip.tokenizer).__name__
+    raise LongCatError(
+        f"{node} needs the CLIP of LongCatLoader, but got one with {found}. Connect LongCatLoader, or "
+        "use CLIPTextEncode with that CLIP.",
+        f"{node} 需要 LongCatLoader 的 CLIP，但接入的是 {found}。请连接 LongCatLoader，"
+        "或对该 CLIP 使用 CLIPTextEncode。",
+    )

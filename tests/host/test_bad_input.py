@@ -172,9 +172,23 @@ def test_half_a_character_is_refused(server: ComfyServer) -> None:
     failed(server, prompt(**{"2.prompt": "a star \ud83d"}), "2", ("U+D83D",))
 
 
-def report(server: ComfyServer, text: str) -> str:
+def test_text_that_would_not_be_read_is_warned_about_and_quotes_can_be_normalised(server: ComfyServer) -> None:
+    text = "a shop sign that says OPEN, 海报《春天》"
+    said = report(server, text)
+    assert "quoted text, encoded character by character 引号文字（逐字编码）: none 无" in said
+    assert "NOT QUOTED 未加引号" in said and "“OPEN”" in said
+    assert "UNKNOWN QUOTES 未训练的引号" in said and "a shop sign that says OPEN, 海报“春天”" in said
+    assert "LongCatTextEncode: UNKNOWN QUOTES" in server.log_text()
+
+    said = report(server, text, normalise_quotes=True)
+    assert "（逐字编码）: “春天”" in said
+    assert "实际编码的提示词: a shop sign that says OPEN, 海报“春天”" in said
+    assert "NOT QUOTED" in said and "UNKNOWN QUOTES" not in said
+
+
+def report(server: ComfyServer, text: str, **inputs: Any) -> str:
     """The report of LongCatTextEncode for a prompt that is drawn as well."""
-    graph = prompt(**{"2.prompt": text})
+    graph = prompt(**{"2.prompt": text, **{f"2.{name}": value for name, value in inputs.items()}})
     graph["report"] = {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}}
     result = server.run(graph)
     assert result.images

@@ -1,5 +1,8 @@
 """Quote splitting loses nothing and is upstream's wherever upstream loses nothing (DESIGN.md trap 8)."""
 
+import hashlib
+import json
+import os
 import random
 import re
 import subprocess
@@ -19,7 +22,17 @@ def random_prompts(count: int) -> list[str]:
     rng = random.Random(2024)
     letters = ["".join(rng.choices(ALPHABET, k=rng.randrange(0, 24))) for _ in range(count)]
     words = ["".join(rng.choices(PIECES, k=rng.randrange(0, 10))) for _ in range(count)]
-    return letters + words
+    return letters + words + unicode_prompts(count // 4)
+
+
+def unicode_prompts(count: int) -> list[str]:
+    """Any code points, halves of surrogate pairs included, with a quote or a contraction here and there."""
+    rng = random.Random(2025)
+
+    def piece() -> str:
+        return rng.choice(PIECES) if rng.random() < 0.3 else chr(rng.randrange(0x110000))
+
+    return ["".join(piece() for _ in range(rng.randrange(0, 24))) for _ in range(count)]
 
 
 def test_parts_join_back_to_any_prompt() -> None:
@@ -57,25 +70,30 @@ def test_quoted_parts(prompt: str, quoted: list[str]) -> None:
     assert [part for part, is_quoted in prompts.split_quoted(prompt) if is_quoted] == quoted
 
 
-def test_the_same_in_processes_with_other_hash_seeds(pack_dir: Path) -> None:
+def test_the_same_in_20_processes_with_other_hash_seeds(pack_dir: Path, tmp_path: Path) -> None:
     program = (
-        "import importlib.util as u, sys;"
+        "import hashlib, importlib.util as u, json, sys;"
         "spec = u.spec_from_file_location('prompts', sys.argv[1]); module = u.module_from_spec(spec);"
         "sys.modules['prompts'] = module; spec.loader.exec_module(module);"
-        "print(module.split_quoted(\"it's don't I'm 'a' can't \\\"b\\\" won't\"))"
+        "split = [module.split_quoted(prompt) for prompt in json.load(open(sys.argv[2]))];"
+        "print(hashlib.sha256(json.dumps(split).encode()).hexdigest())"
     )
+    given = [*random_prompts(500), "it's don't I'm 'a' can't \"b\" won't"]
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(given), encoding="ascii")
     path = pack_dir / "longcat_backend" / "prompts.py"
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", program, str(path)],
-            env={"PYTHONHASHSEED": str(seed)},
+            [sys.executable, "-c", program, str(path), str(file)],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
             capture_output=True,
             text=True,
             check=True,
-        ).stdout
-        for seed in range(5)
+        ).stdout.strip()
+        for seed in range(20)
     }
-    assert len(outputs) == 1
+    here = json.dumps([prompts.split_quoted(prompt) for prompt in given])
+    assert outputs == {hashlib.sha256(here.encode()).hexdigest()}
 
 
 def test_report_names_count_quotes_and_no_cut() -> None:
@@ -83,3 +101,10 @@ def test_report_names_count_quotes_and_no_cut() -> None:
     assert "3 / 512" in report
     assert "'a'  “红”" in report
     assert "CUT" not in report
+
+
+def test_notes_stand_before_what_was_cut() -> None:
+    tokens = prompts.PromptTokens(ids=(1,) * 512, total=600, quoted=(), cut="the end")
+    lines = tokens.report(["a note"]).splitlines()
+    assert lines[2:] == ["a note", tokens.cut_report()]
+    assert "88 tokens over the limit" in lines[3] and lines[3].endswith("the end")

@@ -57,6 +57,10 @@ class Checkpoint(ABC):
     def tokenizer_folder(self) -> AbstractContextManager[Path]:
         """A folder with the tokenizer's files, there as long as the context lasts."""
 
+    @abstractmethod
+    def processor_config(self) -> Mapping[str, Any]:
+        """The config of the image processor in front of the vision tower, for editing."""
+
 
 @dataclass(frozen=True)
 class FolderCheckpoint(Checkpoint):
@@ -75,6 +79,16 @@ class FolderCheckpoint(Checkpoint):
     def tokenizer_folder(self) -> AbstractContextManager[Path]:
         """The folder's own tokenizer."""
         return nullcontext(self.folder / "tokenizer")
+
+    def processor_config(self) -> Mapping[str, Any]:
+        """The folder's own; transformers 5 keeps it inside the config of the whole processor.
+
+        Raises:
+            LongCatError: the file is missing or unreadable.
+        """
+        whole = self.folder / "text_processor" / "processor_config.json"
+        config = _read_json(whole).get("image_processor") if whole.is_file() else None
+        return config if isinstance(config, dict) else _read_json(whole.with_name("preprocessor_config.json"))
 
 
 def list_checkpoints(roots: Iterable[Path]) -> dict[str, Path]:

@@ -70,6 +70,10 @@ class SingleFilesCheckpoint(Checkpoint):
         texts = _written_by_us(path, _open("text_encoder", path).metadata).get("tokenizer")
         return _tokenizer_in(path, texts) if isinstance(texts, dict) else nullcontext(self.default_tokenizer)
 
+    def processor_config(self) -> Mapping[str, Any]:
+        """The published one: single files carry none."""
+        return official.PROCESSOR
+
 
 def open_single_files(files: Mapping[str, Path], default_tokenizer: Path) -> SingleFilesCheckpoint:
     """Read the headers of the three files, and check that each holds what it should and that they fit together.

@@ -1,9 +1,9 @@
-"""Make tests/parity/reference_embeddings.safetensors: the prompt embeddings of the official software stack.
+"""Make the references of tests/parity: the embeddings of prompts and of edit instructions in the official stack.
 
 Run it in an environment of its own, with the versions that LongCat-Image was published for, after the demo
 checkpoint's text encoder has changed:
 
-    pip install torch transformers==4.57.1 diffusers==0.37.0 accelerate
+    pip install torch torchvision transformers==4.57.1 diffusers==0.37.0 accelerate
     python tools/make_reference_embeddings.py
 
 transformers 5 computes other text positions, so the tensors cannot be made by the environment of the tests.
@@ -12,16 +12,24 @@ transformers 5 computes other text positions, so the tensors cannot be made by t
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
-from diffusers import LongCatImagePipeline
+from diffusers import LongCatImageEditPipeline, LongCatImagePipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2TokenizerFast,
+    Qwen2VLImageProcessorFast,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "demo" / "LongCat-Tiny"
 FIXTURE = ROOT / "tests" / "parity" / "reference_embeddings.safetensors"
+EDIT_FIXTURE = FIXTURE.with_name("reference_edit_embeddings.safetensors")
 OFFICIAL = "4.57.1"
 PROMPTS = (
     "",
@@ -29,6 +37,13 @@ PROMPTS = (
     "蓝色背景中央有一颗大的红色星星",
     'a sign that says "A7" and 一块写着“五”的牌子, isn\'t it?',
     "red " * 600,
+)
+# Instructions with the size of the picture that the vision encoder sees.
+EDITS = (
+    ("", (64, 64)),
+    ("make the circle yellow", (96, 64)),
+    ("把背景改成蓝色", (56, 98)),
+    ('write "A7" and “五” on it, don\'t move it', (73, 96)),
 )
 
 
@@ -57,27 +72,61 @@ def _name_in_4(key: str) -> str:
     return key
 
 
-def main() -> None:
-    """Encode the prompts as the pipeline does and save all 512 embeddings of each."""
-    if transformers.__version__ != OFFICIAL:
-        raise SystemExit(f"this needs transformers {OFFICIAL}, found {transformers.__version__}")
+def stand_in(pipeline: type, encoder: Any, **more: Any) -> SimpleNamespace:
+    """As much of a pipeline as its ``_encode_prompt`` needs, with its own templates."""
+    template = pipeline.__init__.__code__.co_consts
     # By class: the config that transformers 5 saves names no class that transformers 4 would find.
-    tokenizer = Qwen2TokenizerFast(tokenizer_file=str(FOLDER / "tokenizer" / "tokenizer.json"))
-    template = LongCatImagePipeline.__init__.__code__.co_consts
-    stand_in = SimpleNamespace(
-        tokenizer=tokenizer,
+    return SimpleNamespace(
+        tokenizer=Qwen2TokenizerFast(tokenizer_file=str(FOLDER / "tokenizer" / "tokenizer.json")),
         tokenizer_max_length=512,
         prompt_template_encode_prefix=next(c for c in template if str(c).startswith("<|im_start|>system")),
         prompt_template_encode_suffix=next(c for c in template if str(c).startswith("<|im_end|>")),
         device="cpu",
-        text_encoder=load_encoder(),
+        text_encoder=encoder,
+        **more,
     )
+
+
+def picture(width: int, height: int) -> torch.Tensor:
+    """A picture (height, width, 3) in uint8 with a gradient each way, a disc and some noise."""
+    row = torch.linspace(-1, 1, height)[:, None].expand(height, width)
+    column = torch.linspace(-1, 1, width)[None].expand(height, width)
+    disc = (row.square() + column.square() < 0.4).float()
+    noise = torch.rand(height, width, generator=torch.Generator().manual_seed(0))
+    return (torch.stack([row, column, disc + noise - 1], dim=-1) * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
+
+
+def edit_embeddings(encoder: Any) -> dict[str, torch.Tensor]:
+    """Pictures, and embeddings of their instructions up to the first pad, which all pads equal."""
+    processor = Qwen2VLImageProcessorFast.from_pretrained(FOLDER / "text_processor")
+    pipe = stand_in(LongCatImageEditPipeline, encoder, image_processor_vl=processor, image_token="<|image_pad|>")
     tensors = {}
-    for index, prompt in enumerate(PROMPTS):
-        with torch.no_grad():
-            tensors[str(index)] = LongCatImagePipeline._encode_prompt(stand_in, [prompt])[0].contiguous()
+    for index, (prompt, size) in enumerate(EDITS):
+        pixels = picture(*size)
+        embeddings = LongCatImageEditPipeline._encode_prompt(pipe, [prompt], Image.fromarray(pixels.numpy()))[0]
+        same = (embeddings - embeddings[-1]).abs().amax(-1) < 1e-6
+        pads = int(same.flip(0).long().cumprod(0).sum())
+        tensors[f"{index}.picture"] = pixels
+        tensors[f"{index}.embeddings"] = embeddings[: len(embeddings) - max(pads - 1, 0)].contiguous()
+    return tensors
+
+
+def main() -> None:
+    """Encode the prompts as the pipelines do and save the embeddings of each."""
+    if transformers.__version__ != OFFICIAL:
+        raise SystemExit(f"this needs transformers {OFFICIAL}, found {transformers.__version__}")
+    encoder = load_encoder()
+    pipe = stand_in(LongCatImagePipeline, encoder)
+    with torch.no_grad():
+        tensors = {
+            str(i): LongCatImagePipeline._encode_prompt(pipe, [p])[0].contiguous() for i, p in enumerate(PROMPTS)
+        }
+        edits = edit_embeddings(encoder)
     save_file(tensors, FIXTURE, metadata={"prompts": json.dumps(PROMPTS), "transformers": OFFICIAL})
-    print(f"wrote {FIXTURE.relative_to(ROOT)}")
+    prompts = json.dumps([prompt for prompt, _ in EDITS])
+    save_file(edits, EDIT_FIXTURE, metadata={"prompts": prompts, "transformers": OFFICIAL})
+    for path in (FIXTURE, EDIT_FIXTURE):
+        print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

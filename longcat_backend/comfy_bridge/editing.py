@@ -1,0 +1,181 @@
+"""A picture and an instruction to CONDITIONING and LATENT, as the official edit pipeline prepares them."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import torch
+from PIL import Image
+from torch import nn
+
+from .. import editing, latents
+from ..editing import EditInput
+from ..errors import LongCatError
+from ..vision import VisionEncoder, load_vision
+from . import clip as clip_bridge
+from . import formats, patchers
+from .castable import castable, replace_linears
+
+NODE = "LongCatEditEncode"
+
+logger = logging.getLogger(__name__)
+
+
+class Vision:
+    """The vision tower with a memory manager of its own: text to image never loads it."""
+
+    def __init__(self, encoder: VisionEncoder, patcher: Any) -> None:
+        self.encoder = encoder
+        self.patcher = patcher
+
+    def inputs(self, pictures: Sequence[Image.Image], tokenizer: Any) -> list[EditInput]:
+        """What the text encoder needs of each picture, with the template's tokens around it."""
+        before, after = editing.split_template(tokenizer)
+        comfy.model_management.load_models_gpu([self.patcher])
+        device = self.patcher.load_device
+        return [EditInput(before, after, self.encoder.encode(picture, device)) for picture in pictures]
+
+
+def encode(
+    clip: comfy.sd.CLIP | None,
+    vae: comfy.sd.VAE | None,
+    image: Any,
+    prompt: str,
+    negative_prompt: str,
+    size: tuple[int, int] | None = None,
+) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """CONDITIONING of prompt and negative prompt, both with the picture, and the picture as the LATENT to edit.
+
+    Args:
+        image: IMAGE (batch, height, width, 3) in 0..1; each picture is edited by itself.
+        size: width and height of canvas and reference; the official size for the picture's ratio if None.
+
+    Raises:
+        LongCatError: CLIP or VAE are not LongCat's, the IMAGE is none or several, a size is off the grid, a prompt
+            holds the picture's token, or the checkpoint has no vision tower.
+    """
+    clip = clip_bridge.require_longcat(clip, NODE)
+    vae = _require_vae(vae)
+    originals = _pictures(image)
+    width, height = size or editing.canvas_size(*originals[0].size)
+    latents.check_size(width, height)
+    _warn_flavour(clip)
+    canvases = [editing.resized(picture, width, height) for picture in originals]
+    inputs = _vision(clip).inputs(
+        [editing.resized(canvas, width // 2, height // 2) for canvas in canvases], clip.tokenizer.tokenizer
+    )
+    samples = vae.encode(torch.stack([_pixels(canvas) for canvas in canvases]))
+    reference = {"reference_latents": [samples], "reference_latents_method": "index"}
+    positive, negative = (_conditioning(clip, text, inputs, reference) for text in (prompt, negative_prompt))
+    return positive, negative, {"samples": samples}
+
+
+def require_one_reference(*conditionings: Any) -> None:
+    """Refuse conditionings with several reference images.
+
+    Raises:
+        LongCatError: there is more than one.
+    """
+    most = max((len(values.get("reference_latents") or ()) for cond in conditionings for _, values in cond), default=0)
+    if most > 1:
+        raise several_references(most)
+
+
+def several_references(count: int) -> LongCatError:
+    """Why several reference images are refused, and what to do."""
+    return LongCatError(
+        f"There are {count} reference images, but LongCat-Image-Edit was trained with one, and the official pipeline "
+        "takes one. Put the pictures side by side in one image, or edit in several turns. A batch of images edits "
+        "each of them by itself.",
+        f"共有 {count} 张参考图，但 LongCat-Image-Edit 只用一张参考图训练，官方管线也只接受一张。"
+        "请把图像拼成一张，或分多次编辑。图像批次会逐张编辑。",
+    )
+
+
+def _conditioning(
+    clip: comfy.sd.CLIP, prompt: str, inputs: Sequence[EditInput], reference: dict[str, Any]
+) -> list[Any]:
+    tokens = clip.tokenizer.inspect(prompt)
+    editing.check_instruction(tokens.ids, editing.image_token(clip.tokenizer.tokenizer))
+    if tokens.cut:
+        logger.warning("%s: %s", NODE, tokens.cut_report())
+    conditioning: list[Any] = clip.encode_from_tokens_scheduled(
+        clip_bridge.edit_tokens(tokens.ids, inputs), add_dict=reference
+    )
+    return conditioning
+
+
+def _vision(clip: comfy.sd.CLIP) -> Vision:
+    """The CLIP's vision tower, loaded when the first picture is encoded."""
+    model = clip.cond_stage_model
+    if model.vision is None:
+        model.vision = _load(clip)
+    vision: Vision = model.vision
+    return vision
+
+
+def _load(clip: comfy.sd.CLIP) -> Vision:
+    checkpoint = formats.source(clip.patcher)
+    if checkpoint is None:
+        raise LongCatError(
+            "It is not known where this CLIP was loaded from, so its vision tower cannot be loaded. Connect the CLIP "
+            "of LongCatLoader.",
+            "无法得知该 CLIP 的来源，因此无法加载视觉塔。请连接 LongCatLoader 的 CLIP。",
+        )
+    dtype = clip.cond_stage_model.encoder.dtype
+
+    def prepare(tower: nn.Module) -> None:
+        replace_linears(tower, lambda name, layer: castable(comfy.ops.manual_cast, layer, dtype))
+
+    encoder = load_vision(checkpoint, dtype, prepare)
+    return Vision(encoder, patchers.castable_patcher(encoder, clip.patcher.load_device, clip.patcher.offload_device))
+
+
+def _pictures(image: Any) -> list[Image.Image]:
+    """The pictures of an IMAGE in 8 bits, as the pipeline gets them; an alpha channel is left out."""
+    if isinstance(image, list | tuple) and len(image) > 1:
+        raise several_references(len(image))
+    if not isinstance(image, torch.Tensor) or image.ndim != 4 or image.shape[-1] < 3 or not image.numel():
+        found = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+        raise LongCatError(
+            f"{NODE} needs a picture to edit, an IMAGE of shape (batch, height, width, 3), but got {found}. Connect "
+            "LoadImage; to draw from text alone, use LongCatTextEncode.",
+            f"{NODE} 需要一张待编辑的图像（形状为 (batch, height, width, 3) 的 IMAGE），但接入的是 {found}。"
+            "请连接 LoadImage；若只从文本生成，请使用 LongCatTextEncode。",
+        )
+    pixels = (image[..., :3].float().nan_to_num().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
+def _pixels(picture: Image.Image) -> torch.Tensor:
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return values.reshape(picture.height, picture.width, 3).float() / 255
+
+
+def _require_vae(vae: comfy.sd.VAE | None) -> comfy.sd.VAE:
+    fits = vae is not None and vae.latent_dim == 2 and vae.latent_channels == latents.CHANNELS
+    if vae is None or not fits or vae.spacial_compression_encode() != latents.PIXELS_PER_LATENT:
+        found = "nothing" if vae is None else f"one with {vae.latent_channels} channels in {vae.latent_dim} dimensions"
+        raise LongCatError(
+            f"{NODE} needs the VAE of LongCatLoader ({latents.CHANNELS} channels, {latents.PIXELS_PER_LATENT} pixels "
+            f"per latent), but got {found}. Connect LongCatLoader, or VAELoader with FLUX's ae.safetensors.",
+            f"{NODE} 需要 LongCatLoader 的 VAE（{latents.CHANNELS} 通道，{latents.PIXELS_PER_LATENT} 倍压缩），"
+            f"但接入的是 {found}。请连接 LongCatLoader，或用 VAELoader 加载 FLUX 的 ae.safetensors。",
+        )
+    return vae
+
+
+def _warn_flavour(clip: comfy.sd.CLIP) -> None:
+    checkpoint = formats.source(clip.patcher)
+    if checkpoint is not None and not checkpoint.flavour.edits:
+        key = checkpoint.flavour.key
+        logger.warning(
+            "%s: the checkpoint is LongCat-Image %s, which draws from text and has not learnt to edit; use "
+            "LongCat-Image-Edit. 该检查点为 LongCat-Image %s，用于文生图，没有学过编辑；请使用 LongCat-Image-Edit。",
+            NODE,
+            key,
+            key,
+        )

@@ -15,11 +15,11 @@ class LongCatExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Import the node files; ComfyUI would reduce a failure to one line, so the traceback is logged here."""
         try:
-            from . import conditioning, latents, loading, sampling, saving
+            from . import conditioning, editing, latents, loading, sampling, saving
         except Exception:
             logger.exception("LongCat-Image could not be loaded / LongCat-Image 加载失败")
             raise
-        return [*loading.NODES, *conditioning.NODES, *latents.NODES, *sampling.NODES, *saving.NODES]
+        return [*loading.NODES, *conditioning.NODES, *editing.NODES, *latents.NODES, *sampling.NODES, *saving.NODES]
 
 
 def create_extension() -> LongCatExtension:

@@ -1,5 +1,6 @@
 """LongCatEmptyLatent and LongCatDecode."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,7 +13,8 @@ from .loading import CATEGORY
 CUSTOM = "custom"
 
 
-def _side_input(name: str) -> io.Int.Input:
+def side_input(name: str) -> io.Int.Input:
+    """A side of a custom size."""
     return io.Int.Input(
         name,
         default=1024,
@@ -21,6 +23,19 @@ def _side_input(name: str) -> io.Int.Input:
         step=latents.GRID,
         tooltip=f"The picture's {name} in pixels, a multiple of {latents.GRID}.",
     )
+
+
+def check_sides(size: Any, choices: Sequence[str]) -> None:
+    """Refuse a custom size off the grid, before any model is loaded.
+
+    Raises:
+        LongCatError: see :func:`latents.check_size`; or the choice is unknown, which ComfyUI leaves out.
+    """
+    if not isinstance(size, dict):
+        known = ", ".join(choices)
+        raise LongCatError(f"There is no such size. Choose one of: {known}.", f"没有这个尺寸。请选择：{known}。")
+    width, height = size.get("width"), size.get("height")  # None comes from another node
+    latents.check_size(latents.GRID if width is None else width, latents.GRID if height is None else height)
 
 
 class LongCatEmptyLatent(io.ComfyNode):
@@ -39,7 +54,7 @@ class LongCatEmptyLatent(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "size",
                     options=[io.DynamicCombo.Option(name, []) for name in latents.ASPECTS]
-                    + [io.DynamicCombo.Option(CUSTOM, [_side_input("width"), _side_input("height")])],
+                    + [io.DynamicCombo.Option(CUSTOM, [side_input("width"), side_input("height")])],
                     tooltip="The training sizes of about one megapixel, or custom.",
                 ),
                 io.Int.Input(
@@ -56,13 +71,10 @@ class LongCatEmptyLatent(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, size: Any = None, **inputs: Any) -> bool | str:
         """Name the nearest sizes when a custom side is off the grid, before any model is loaded."""
-        if not isinstance(size, dict):  # ComfyUI leaves out a dynamic input whose value it does not know
-            known = ", ".join((*latents.ASPECTS, CUSTOM))
-            return f"There is no such size. Choose one of: {known}.\n没有这个尺寸。请选择：{known}。"
-        width, height, batch = size.get("width"), size.get("height"), inputs.get("batch_size")
-        try:  # None comes from another node
-            latents.check_size(latents.GRID if width is None else width, latents.GRID if height is None else height)
-            if batch is not None:
+        batch = inputs.get("batch_size")
+        try:
+            check_sides(size, (*latents.ASPECTS, CUSTOM))
+            if batch is not None:  # None comes from another node
                 latents.check_batch(batch)
         except LongCatError as error:
             return str(error)

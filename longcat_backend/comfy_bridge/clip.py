@@ -78,6 +78,7 @@ class EncoderModel(nn.Module):
         self.dtypes = {encoder.dtype}
         self.device: torch.device | None = None
         self.vision: Any = None  # of :mod:`editing`, for the first picture; outside of this model's memory
+        self.head_patcher: Any = None  # of :mod:`rewriting`, for the first text that is written; outside of it too
 
     def reset_clip_options(self) -> None:
         """Forget the device of the last run."""
@@ -162,6 +163,7 @@ def encode(clip: comfy.sd.CLIP | None, prompt: str, normalise_quotes: bool = Fal
         LongCatError: see :func:`require_longcat`.
     """
     clip = require_longcat(clip, "LongCatTextEncode")
+    warn_other_flavour(clip, "LongCatTextEncode", edits=False)
     care = prompt_care.inspect(prompt)
     notes = []
     if normalise_quotes and care.foreign:
@@ -190,3 +192,21 @@ def require_longcat(clip: comfy.sd.CLIP | None, node: str) -> comfy.sd.CLIP:
         f"{node} 需要 LongCatLoader 的 CLIP，但接入的是 {found}。请连接 LongCatLoader，"
         "或对该 CLIP 使用 CLIPTextEncode。",
     )
+
+
+def warn_other_flavour(clip: comfy.sd.CLIP, node: str, edits: bool) -> None:
+    """Log a warning if the CLIP's checkpoint is for the other task: editing, or text to image."""
+    checkpoint = formats.source(clip.patcher)
+    if checkpoint is not None and checkpoint.flavour.edits != edits:
+        en, zh = _OTHER_FLAVOUR[edits]
+        key = checkpoint.flavour.key
+        logger.warning("%s: the checkpoint is LongCat-Image %s, %s 该检查点为 %s，%s", node, key, en, key, zh)
+
+
+_OTHER_FLAVOUR = {
+    True: (
+        "which draws from text and has not learnt to edit; use LongCat-Image-Edit.",
+        "用于文生图，没有学过编辑；请使用 LongCat-Image-Edit。",
+    ),
+    False: ("which edits a given picture; use LongCatEditEncode.", "用于编辑给定的图像；请使用 LongCatEditEncode。"),
+}

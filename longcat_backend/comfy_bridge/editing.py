@@ -62,7 +62,7 @@ def encode(
     originals = _pictures(image)
     width, height = size or editing.canvas_size(*originals[0].size)
     latents.check_size(width, height)
-    _warn_flavour(clip)
+    clip_bridge.warn_other_flavour(clip, NODE, edits=True)
     canvases = [editing.resized(picture, width, height) for picture in originals]
     inputs = _vision(clip).inputs(
         [editing.resized(canvas, width // 2, height // 2) for canvas in canvases], clip.tokenizer.tokenizer
@@ -79,7 +79,9 @@ def require_one_reference(*conditionings: Any) -> None:
     Raises:
         LongCatError: there is more than one.
     """
-    most = max((len(values.get("reference_latents") or ()) for cond in conditionings for _, values in cond), default=0)
+    most = max(
+        (len(values.get("reference_latents") or ()) for cond in conditionings for _, values in cond or ()), default=0
+    )
     if most > 1:
         raise several_references(most)
 
@@ -166,16 +168,3 @@ def _require_vae(vae: comfy.sd.VAE | None) -> comfy.sd.VAE:
             f"但接入的是 {found}。请连接 LongCatLoader，或用 VAELoader 加载 FLUX 的 ae.safetensors。",
         )
     return vae
-
-
-def _warn_flavour(clip: comfy.sd.CLIP) -> None:
-    checkpoint = formats.source(clip.patcher)
-    if checkpoint is not None and not checkpoint.flavour.edits:
-        key = checkpoint.flavour.key
-        logger.warning(
-            "%s: the checkpoint is LongCat-Image %s, which draws from text and has not learnt to edit; use "
-            "LongCat-Image-Edit. 该检查点为 LongCat-Image %s，用于文生图，没有学过编辑；请使用 LongCat-Image-Edit。",
-            NODE,
-            key,
-            key,
-        )

@@ -9,7 +9,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 
 from .. import flow, latents
-from . import formats
+from . import editing, formats
 
 
 def schedule(
@@ -38,9 +38,10 @@ def sample(
     A guidance below 1 is off like 1, with which ComfyUI saves the unconditional pass.
 
     Raises:
-        LongCatError: the latent holds NaN or infinity.
+        LongCatError: the latent holds NaN or infinity, or there are several reference images.
     """
     latents.check_finite(latent["samples"])
+    editing.require_one_reference(positive, negative)
     euler = comfy.samplers.sampler_object("euler")
     output = SamplerCustom.execute(model, True, seed, max(guidance, 1.0), positive, negative, euler, sigmas, latent)
     result: dict[str, Any] = output.args[0]

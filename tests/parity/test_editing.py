@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import edit_checkpoint
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 
-import edit_checkpoint
 from longcat_pack.longcat_backend import editing, latents
 from parity import edit_reference as ref
 

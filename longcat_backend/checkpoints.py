@@ -162,7 +162,7 @@ def fingerprint(folder: Path) -> str:
 
     ComfyUI notes it in saved pictures, so it tells nothing about the machine.
     """
-    parts = [folder, *(folder / part for part in (*COMPONENTS, "tokenizer"))]
+    parts = [folder, *(folder / part for part in (*COMPONENTS, "tokenizer", "text_processor"))]
     files = sorted(path for part in parts for path in part.glob("*") if path.is_file())
     lines = [f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

@@ -69,8 +69,11 @@ class LongCatEditEncode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, size: Any = None) -> bool | str:
-        """Name the nearest sizes when a custom side is off the grid, before any model is loaded."""
+    def validate_inputs(cls, size: Any = None, **inputs: Any) -> bool | str:
+        """Name the nearest sizes when a custom side is off the grid, before any model is loaded.
+
+        ``inputs`` is for ComfyUI, which gives the sides only to a method that takes everything.
+        """
         try:
             check_sides(size, (OFFICIAL, CUSTOM))
         except LongCatError as error:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import edit_checkpoint
 import numpy as np

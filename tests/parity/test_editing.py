@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from longcat_pack.longcat_backend import editing, latents
 from parity import edit_reference as ref
+from parity.test_mps import emulated_mac
 
 FIXTURE = Path(__file__).with_name("reference_edit_embeddings.safetensors")
 TOLERANCE = 1e-5
@@ -150,3 +151,27 @@ def test_full_run_equals_the_pipeline(
     sigmas = sampling.schedule(patched, latent, STEPS)
     drawn = sampling.sample(patched, positive, negative, latent, sigmas, scale, SEED)["samples"]
     assert relative_error(latents.pack(model.model.process_latent_in(drawn)), expected) <= LATENT_TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@torch.inference_mode()
+def test_an_emulated_mac_edits_alike(
+    engine: str, edit_folder: Path, edit_reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device than the CPU: everything is brought there, and nothing float64 is."""
+    from longcat_pack.longcat_backend.comfy_bridge import files, guidance, loading, sampling, vae
+
+    size = SIZES[0]
+    expected = reference_run(edit_reference, size, 4.5)
+    with emulated_mac(monkeypatch, fp32_vae=True, gpu_only=True):
+        checkpoint = files.Place(folder=edit_folder).open()
+        model = loading.load_model(checkpoint, engine, "fp32")
+        parts = model, loading.load_encoder(checkpoint, "fp32"), vae.load(checkpoint)
+        positive, negative, latent = encode(lambda _: parts, as_image(picture(*size)), size)
+        tower = parts[1].cond_stage_model.vision.encoder.tower
+        assert {weight.device.type for weight in (*tower.parameters(), *tower.buffers())} == {"mps"}
+        patched = guidance.patch(model, renorm=False)
+        sigmas = sampling.schedule(patched, latent, STEPS)
+        drawn = sampling.sample(patched, positive, negative, latent, sigmas, 4.5, SEED)["samples"]
+        packed = latents.pack(model.model.process_latent_in(drawn)).cpu()
+    assert relative_error(packed, expected) <= LATENT_TOLERANCE

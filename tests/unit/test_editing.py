@@ -225,3 +225,20 @@ def test_single_files_bring_their_tower_and_the_published_processor(demo: Path, 
     found = vision.load_vision(opened, torch.float32).encode(picture)
     expected = vision.load_vision(folder, torch.float32).encode(picture)
     assert torch.allclose(found.features, expected.features, atol=1e-6)
+
+
+@pytest.mark.parametrize(("preset", "tolerance"), [("bf16", 0.03), ("fp8", 0.1), ("int8", 0.05), ("int8-quanto", 0.05)])
+@torch.inference_mode()
+def test_every_encoder_precision_edits(preset: str, tolerance: float, parts: Any, demo: Path) -> None:
+    """The tower keeps the precision of the computation, whatever the decoder's weights are stored in."""
+    from longcat_pack.longcat_backend.comfy_bridge import editing as bridge
+    from longcat_pack.longcat_backend.comfy_bridge import files, loading
+
+    image = torch.linspace(0, 1, 64 * 64 * 3).reshape(1, 64, 64, 3)
+    expected = bridge.encode(*parts, image, "a red circle", "", (64, 64))[0][0][0]
+    clip = loading.load_encoder(files.Place(folder=demo).open(), preset)
+    found = bridge.encode(clip, parts[1], image, "a red circle", "", (64, 64))[0][0][0]
+    assert float((found - expected).norm() / expected.norm()) <= tolerance
+    assert {weight.dtype for weight in clip.cond_stage_model.vision.encoder.parameters()} == {
+        clip.cond_stage_model.encoder.dtype
+    }

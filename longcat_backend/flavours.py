@@ -6,6 +6,7 @@ from typing import Any
 
 TEXT_TO_IMAGE = "LongCatImagePipeline"
 EDIT = "LongCatImageEditPipeline"
+_OWNER = "meituan-longcat"
 
 
 @dataclass(frozen=True)
@@ -18,20 +19,49 @@ class Flavour:
     steps: int
     guidance: float
     renorm: bool
+    purpose_en: str
+    purpose_zh: str
+    # A commit of the repository; None for the newest, whose commit is then written down beside the files.
+    revision: str | None = None
+    # 2 bytes for each of 6.3 + 8.3 billion parameters; a download tells the exact size before it begins.
+    download_gb: int = 29
 
     @property
     def edits(self) -> bool:
         """Whether the checkpoint changes a given image instead of drawing from text alone."""
         return self.pipeline == EDIT
 
+    @property
+    def folder_name(self) -> str:
+        """The folder that the checkpoint is downloaded into: the name of its repository."""
+        return self.repo_id.rpartition("/")[2]
+
 
 FLAVOURS = {
     flavour.key: flavour
     for flavour in (
-        Flavour("final", "meituan-longcat/LongCat-Image", TEXT_TO_IMAGE, 50, 4.5, True),
-        Flavour("dev", "meituan-longcat/LongCat-Image-Dev", TEXT_TO_IMAGE, 50, 4.5, True),
-        Flavour("edit", "meituan-longcat/LongCat-Image-Edit", EDIT, 50, 4.5, False),
-        Flavour("edit-turbo", "meituan-longcat/LongCat-Image-Edit-Turbo", EDIT, 8, 1.0, False),
+        Flavour("final", f"{_OWNER}/LongCat-Image", TEXT_TO_IMAGE, 50, 4.5, True, "draws from text", "文本生成图像"),
+        Flavour(
+            "dev",
+            f"{_OWNER}/LongCat-Image-Dev",
+            TEXT_TO_IMAGE,
+            50,
+            4.5,
+            True,
+            "draws from text, from the middle of the training, for fine-tuning",
+            "文本生成图像，训练中期的版本，用于微调",
+        ),
+        Flavour("edit", f"{_OWNER}/LongCat-Image-Edit", EDIT, 50, 4.5, False, "edits pictures", "按指令编辑图像"),
+        Flavour(
+            "edit-turbo",
+            f"{_OWNER}/LongCat-Image-Edit-Turbo",
+            EDIT,
+            8,
+            1.0,
+            False,
+            "edits pictures in 8 steps without guidance",
+            "以 8 步、无引导编辑图像",
+        ),
     )
 }
 

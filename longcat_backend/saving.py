@@ -219,8 +219,8 @@ def require_space(folder: Path, size: int) -> None:
     Raises:
         LongCatError: there is less free space.
     """
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
+    there = _nearest(folder)
+    free = free_space(folder)
     if free < size + SPARE_SPACE:
         needed, has = (f"{value / 2**30:.2f} GB" for value in (size + SPARE_SPACE, free))
         raise LongCatError(
@@ -230,9 +230,18 @@ def require_space(folder: Path, size: int) -> None:
         )
 
 
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk where a folder is, or will be."""
+    return shutil.disk_usage(_nearest(folder)).free
+
+
 def total(groups: Sequence[Mapping[str, Entry]]) -> int:
     """Bytes of all tensors of several files."""
     return sum(entry.size for group in groups for entry in group.values())
+
+
+def _nearest(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
 def _exchange(temporary: Path, target: Path) -> None:

@@ -1,0 +1,135 @@
+"""A small server that speaks as much of the hub's protocol as a download needs, and can be told to misbehave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its path in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Hub:
+    """One repository of models behind http://127.0.0.1; use it in a with statement.
+
+    Attributes:
+        files: what is stored, by path; what the listing says of them is taken when the hub is made.
+        sent: bytes that were sent of each file.
+        asked: files that were asked for, in order, with the Range header.
+        cuts: by path, how many bytes each of the next connections brings before it is cut.
+        ranges: whether Range is understood.
+        status, error_code: how everything is answered from now on, where set.
+    """
+
+    def __init__(self, repo_id: str, files: dict[str, bytes]) -> None:
+        self.repo_id = repo_id
+        self.files = dict(files)
+        self.siblings = [self._sibling(path, content) for path, content in files.items()]
+        self.commit = COMMIT
+        self.sent: Counter[str] = Counter()
+        self.asked: list[tuple[str, str | None]] = []
+        self.cuts: dict[str, list[int]] = {}
+        self.ranges = True
+        self.status: int | None = None
+        self.error_code: str | None = None
+        self.body = b"{}"
+        self.hold = threading.Event()
+        self.hold.set()
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def url(self) -> str:
+        """What HF_ENDPOINT has to be."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def listing(self) -> dict[str, Any]:
+        """The answer of /api/models."""
+        return {"id": self.repo_id, "sha": self.commit, "siblings": self.siblings}
+
+    def __enter__(self) -> Hub:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.hold.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    @staticmethod
+    def _sibling(path: str, content: bytes) -> dict[str, Any]:
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        entry: dict[str, Any] = {"rfilename": path, "size": len(content), "blobId": git}
+        if path.endswith(".safetensors"):
+            # For these, git itself holds a pointer, whose id says nothing about the content.
+            sha256 = hashlib.sha256(content).hexdigest()
+            entry |= {"blobId": "0" * 40, "lfs": {"sha256": sha256, "size": len(content), "pointerSize": 134}}
+        return entry
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: clients go away in the middle, as the tests want it."""
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if hub.status is not None:
+                return self._answer(hub.status, hub.body)
+            if path.startswith(f"/api/models/{hub.repo_id}/revision/"):
+                known = path.rpartition("/")[2] in ("main", hub.commit)
+                return self._answer(200, json.dumps(hub.listing()).encode()) if known else self._answer(404, b"{}")
+            _, found, name = path.partition(f"/{hub.repo_id}/resolve/{hub.commit}/")
+            if not found or name not in hub.files:
+                return self._answer(404, b"{}")
+            hub.asked.append((name, self.headers.get("Range")))
+            return self._send(name)
+
+        def _send(self, name: str) -> None:
+            content, start = hub.files[name], 0
+            wanted = self.headers.get("Range")
+            if wanted and hub.ranges:
+                start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("X-Repo-Commit", hub.commit)
+            self.end_headers()
+            cuts = hub.cuts.get(name)
+            body = content[start : start + cuts.pop(0)] if cuts else content[start:]
+            for offset in range(0, len(body), 65536):
+                hub.hold.wait()
+                self.wfile.write(body[offset : offset + 65536])
+                hub.sent[name] += len(body[offset : offset + 65536])
+            self.close_connection = start + len(body) < len(content)
+
+        def _answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            if hub.error_code:
+                self.send_header("X-Error-Code", hub.error_code)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    return Handler

@@ -6,7 +6,8 @@ Source: ``LongCatImagePipeline.rewire_prompt`` in diffusers, from which the inst
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import get_prompt_language
@@ -236,10 +237,10 @@ def _chat_template(checkpoint: Checkpoint) -> str | None:
     for name in _TEMPLATES:
         path = checkpoint.folder / "text_processor" / name
         if path.is_file():
-            return build("text_processor", lambda path=path: _read_template(path))
+            return build("text_processor", partial(_read_template, path))
     return None
 
 
-def _read_template(path: Any) -> str:
+def _read_template(path: Path) -> str:
     text: str = path.read_text(encoding="utf-8")
     return text if path.suffix == ".jinja" else str(json.loads(text)["chat_template"])

@@ -128,6 +128,8 @@ def test_conditioning_equals_the_pipelines(size: tuple[int, int], edit_loaded: L
     for found, prompt in ((positive, PROMPT), (negative, NEGATIVE)):
         assert relative_error(found[0][0], edit_reference._encode_prompt([prompt], half)) <= TOLERANCE
         assert torch.equal(found[0][1]["reference_latents"][0], latent["samples"])
+        # What core does by itself for one reference; said in words in case that changes.
+        assert found[0][1]["reference_latents_method"] == "index"
     assert latent["samples"].shape == (1, latents.CHANNELS, height // 8, width // 8)
     pixels = edit_reference.image_processor.preprocess(canvas, height, width)
     expected = edit_reference._encode_vae_image(pixels, None)

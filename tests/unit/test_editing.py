@@ -112,6 +112,8 @@ def test_eight_bits_survive_the_way_to_the_pipelines_picture_and_alpha_is_left_o
     assert picture.mode == "RGB"
     assert bytes(picture.tobytes()) == bytes(values[0, ..., :3].contiguous().numpy().tobytes())
     assert torch.equal(bridge._pixels(picture), values[0, ..., :3].float() / 255)
+    (between,) = bridge._pictures(torch.tensor([100.6, -3.0, 300.0]).reshape(1, 1, 1, 3) / 255)
+    assert between.getpixel((0, 0)) == (101, 0, 255)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from typing import Any
 
 import comfy.model_management
 import pytest
+import single_files as single_files_of
 import torch
 from diffusers import LongCatImagePipeline
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from longcat_pack.longcat_backend import rewriting
+from longcat_pack.longcat_backend import rewriting, single_files
 from longcat_pack.longcat_backend.checkpoints import open_checkpoint
 from longcat_pack.longcat_backend.comfy_bridge import formats, loading
 from longcat_pack.longcat_backend.comfy_bridge import rewriting as bridge
@@ -57,18 +58,19 @@ def test_the_question_is_the_official_one(prompt: str, clip: Any, official: Any,
     assert question_ids(clip, prompt, rewriting.ENGLISH) != question_ids(clip, prompt, rewriting.CHINESE)
 
 
-def test_without_a_template_of_its_own_a_checkpoint_gets_the_published_one(clip: Any, folder: Path) -> None:
-    """The demo's template is the published one, as far as a question needs it."""
-
-    class Bare:
-        """Single files carry neither template nor generation config."""
-
+def test_single_files_get_the_published_template_and_settings_and_write_the_same(
+    clip: Any, folder: Path, tmp_path: Path
+) -> None:
+    """They carry neither; the demo's template is the published one, as far as a question needs it."""
+    files = single_files_of.write(folder, tmp_path)
+    checkpoint = single_files.open_single_files(files, folder / "tokenizer")
     tokenizer = clip.tokenizer.tokenizer
-    bare: Any = Bare()
-    assert rewriting.input_ids(bare, tokenizer, "红圆", "auto") == question_ids(clip, "红圆")
-    rules = rewriting.generation(bare, tokenizer)
+    assert rewriting.input_ids(checkpoint, tokenizer, "红圆", "auto") == question_ids(clip, "红圆")
+    rules = rewriting.generation(checkpoint, tokenizer)
     assert rules.repetition_penalty == 1.05
     assert rules.stop == {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    head = bridge._head(clip, formats.source(clip.patcher)).model.linear.weight
+    assert torch.equal(rewriting.load_head(checkpoint, *head.shape, torch.float32), head)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -153,6 +155,27 @@ def test_interruption_ends_the_run_within_two_tokens(clip: Any, monkeypatch: Any
         handle.remove()
         comfy.model_management.interrupt_current_processing(False)
     assert 3 <= forwards <= 5
+
+
+def test_progress_is_told_after_each_token_and_can_end_the_run(clip: Any) -> None:
+    """Layers of ComfyUI notice an interruption by themselves; those of other libraries do not."""
+    ids = question_ids(clip, PROMPTS[0])
+    told: list[tuple[int, int]] = []
+    write(clip, ids, NEVER, Sampling(0, 0.0, 4), lambda done, total: told.append((done, total)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    class Stop(Exception):
+        """What the host raises."""
+
+    def stop_at_two(done: int, total: int) -> None:
+        told.append((done, total))
+        if done == 2:
+            raise Stop
+
+    told.clear()
+    with pytest.raises(Stop):
+        write(clip, ids, NEVER, Sampling(0, 0.0, 400), stop_at_two)
+    assert told == [(1, 400), (2, 400)]
 
 
 def test_the_cache_of_keys_makes_every_later_step_one_token_long(clip: Any) -> None:

@@ -24,7 +24,8 @@ FLAGS = (
     "--disable-sync",
 )
 VIEWPORT = {"width": 1600, "height": 900}
-FRONTEND_IS_UP = "window.app?.extensionManager && window.app.graph"
+# It opens with a graph of its own, which would take the place of one that is loaded before.
+FRONTEND_IS_UP = "window.app?.extensionManager && window.app.graph?.nodes.length > 0"
 
 
 def missing() -> str | None:

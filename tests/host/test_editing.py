@@ -7,104 +7,40 @@ from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
-import edit_checkpoint
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from host import graphs
+from host import edit_graph, graphs
 from host.bad_input import failed, rejected
 from host.graphs import Graph
-from longcat_pack.longcat_backend import latents
 from longcat_pack.tools.host import ComfyServer
-from parity import edit_reference as ref
 
-CHECKPOINT = "Tiny-Edit"
 ENGINES = ["core", "diffusers"]
-PROMPT = "把背景改成蓝色"
-SEED = 5
-STEPS = 3
-SOURCE = (150, 100)
-SIZE = (96, 64)  # of SOURCE at an area of 96·64
 
 
 @pytest.fixture(scope="module")
-def source() -> Image.Image:
-    """The picture to edit: smooth random colours."""
-    blocks = np.random.default_rng(1).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize(SOURCE, Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def edit_folder(server: ComfyServer, pack_dir: Path, source: Image.Image) -> Iterator[Path]:
+def edit_folder(server: ComfyServer, pack_dir: Path) -> Iterator[Path]:
     """An edit checkpoint and the picture in the server's folders, taken away afterwards."""
-    folder = server.base_dir / "models" / "longcat_image" / CHECKPOINT
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    edit_checkpoint.make(pack_dir / "demo" / "LongCat-Tiny", folder)
-    file = server.base_dir / "input" / "edit.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    source.save(file)
+    folder, picture = edit_graph.install(server, pack_dir / "demo" / "LongCat-Tiny")
     yield folder
     shutil.rmtree(folder)
-    file.unlink()
+    picture.unlink()
 
 
 @pytest.fixture
 def graph(edit_folder: Path) -> Graph:
     """Load, encode, sample; node 5 is the sampler."""
-    return {
-        "1": {
-            "class_type": "LongCatLoader",
-            "inputs": {
-                "checkpoint": CHECKPOINT,
-                "engine": "core",
-                "engine.precision": "fp32",
-                "text_encoder_precision": "fp32",
-            },
-        },
-        "2": {"class_type": "LoadImage", "inputs": {"image": "edit.png"}},
-        "3": {
-            "class_type": "LongCatEditEncode",
-            "inputs": {
-                "clip": ["1", 1],
-                "vae": ["1", 2],
-                "image": ["2", 0],
-                "prompt": PROMPT,
-                "negative_prompt": "",
-                "size": "custom",
-                "size.width": SIZE[0],
-                "size.height": SIZE[1],
-            },
-        },
-        "5": {
-            "class_type": "LongCatSampler",
-            "inputs": {
-                "model": ["1", 0],
-                "positive": ["3", 0],
-                "negative": ["3", 1],
-                "latent": ["3", 2],
-                "seed": SEED,
-                "steps": STEPS,
-                "guidance": 4.5,
-                "renorm": False,
-                "renorm_min": 0.0,
-                "denoise": 1.0,
-            },
-        },
-    }
+    return edit_graph.graph()
+
+
+@pytest.fixture(scope="module")
+def expected(edit_folder: Path) -> torch.Tensor:
+    """The reference pipeline's latents (1, 16, h, w), unscaled."""
+    return edit_graph.expected(edit_folder, torch.device("cpu"))
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     return float((value - expected).norm() / expected.norm())
-
-
-@pytest.fixture(scope="module")
-def expected(edit_folder: Path, source: Image.Image) -> torch.Tensor:
-    """The reference pipeline's latents (batch, 16, h, w), unscaled."""
-    pipe = ref.pipeline(edit_folder)
-    packed = ref.draw(pipe, source, PROMPT, SIZE[0] * SIZE[1], seed=SEED, guidance_scale=4.5, num_inference_steps=STEPS)
-    return latents.unpack_scaled(packed, pipe.vae.config, *SIZE)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -122,7 +58,7 @@ def test_core_samplers_edit_alike(server: ComfyServer, graph: Graph, engine: str
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_masked_edit_keeps_the_outside(server: ComfyServer, graph: Graph, engine: str) -> None:
     graph = graphs.changed(graph, **{"1.engine": engine})
-    width, height = SIZE
+    width, height = edit_graph.SIZE
     graph["outside"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": width, "height": height}}
     graph["inside"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": width // 2, "height": height}}
     graph["mask"] = {

@@ -22,7 +22,7 @@ def pipeline(folder: Path) -> LongCatImageEditPipeline:
 def _official_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """As ``get_rope_index`` of 4.57.1 for one picture; every masked token is at 1."""
     ids, mask = kwargs["input_ids"][0].tolist(), kwargs["attention_mask"][0].tolist()
-    _, height, width = (kwargs["image_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
+    _, height, width = (kwargs["image_grid_thw"][0].cpu() // torch.tensor([1, 2, 2])).tolist()
     start = ids.index(module.config.image_token_id)
     columns, following = [], start
     for index, kept in enumerate(mask):
@@ -37,7 +37,8 @@ def _official_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple
         else:
             columns.append([following] * 3)
             following += 1
-    return args, {**kwargs, "position_ids": torch.tensor(columns).T[:, None]}
+    positions = torch.tensor(columns, device=kwargs["input_ids"].device)
+    return args, {**kwargs, "position_ids": positions.T[:, None]}
 
 
 def draw(

@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..longcat_backend import precision
-from ..longcat_backend.comfy_bridge import auto, files, loading
+from ..longcat_backend.comfy_bridge import auto, downloading, files, loading
 from ..longcat_backend.comfy_bridge.report import report
 from ..longcat_backend.errors import LongCatError
 from ..longcat_backend.memory import GroupOffload
@@ -109,9 +109,10 @@ class LongCatLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=files.names(),
+                    options=downloading.choices(),
                     tooltip="A checkpoint folder, or a longcat….safetensors of models/diffusion_models. Demo "
-                    "checkpoints that come with the pack are listed too.",
+                    "checkpoints that come with the pack are listed too. Official checkpoints that are not there yet "
+                    "come last, see download_missing.",
                 ),
                 _engine_input(),
                 _precision_input("text_encoder_precision", precision.ENCODER_PRESETS, ENCODER_PRECISION),
@@ -125,6 +126,14 @@ class LongCatLoader(io.ComfyNode):
                 ),
                 _file_input("text_encoder_file", "text_encoder", "qwen_2.5_vl_7b*", "text_encoders"),
                 _file_input("vae_file", "vae", "ae*.safetensors", "vae"),
+                io.Boolean.Input(
+                    "download_missing",
+                    default=False,
+                    optional=True,
+                    tooltip="Where checkpoint is an official one that is not there: download it into "
+                    "models/longcat_image now (about 29 GB), from huggingface.co or HF_ENDPOINT. It goes on where it "
+                    "stopped. Off: nothing is downloaded.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The transformer, for every node that takes a MODEL."),
@@ -145,6 +154,7 @@ class LongCatLoader(io.ComfyNode):
         offload: Any = None,
         text_encoder_file: str | None = files.AUTO,
         vae_file: str | None = files.AUTO,
+        download_missing: bool | None = False,
     ) -> bool | str:
         """Whether the settings make sense and the names stand for what can be loaded; a sentence if not."""
         if not isinstance(engine, dict):  # ComfyUI leaves out a dynamic input whose value it does not know
@@ -153,7 +163,8 @@ class LongCatLoader(io.ComfyNode):
         try:
             auto.engine(engine["engine"], engine["precision"], _group_offload(offload))
             names = (checkpoint, text_encoder_file, vae_file)
-            if None not in names:  # such a name comes from another node
+            # None comes from another node, and is known only when that has run.
+            if None not in names and not downloading.awaits(str(checkpoint), download_missing is not False):
                 loading.verify(*map(str, names))
         except LongCatError as error:
             return str(error)
@@ -162,8 +173,10 @@ class LongCatLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(
         cls, checkpoint: str, text_encoder_file: str = files.AUTO, vae_file: str = files.AUTO, **_: Any
-    ) -> str:
+    ) -> str | float:
         """Load again only when a file of the checkpoint changed."""
+        if downloading.awaits(checkpoint, allowed=True):
+            return float("nan")  # unlike itself: what a run downloads is never taken from ComfyUI's cache
         return files.find(checkpoint, text_encoder_file, vae_file).fingerprint()
 
     @classmethod
@@ -176,8 +189,10 @@ class LongCatLoader(io.ComfyNode):
         modulation_table: bool = True,
         text_encoder_file: str = files.AUTO,
         vae_file: str = files.AUTO,
+        download_missing: bool = False,
     ) -> io.NodeOutput:
-        """Load the three parts."""
+        """Load the three parts, downloaded before where that is asked for."""
+        downloading.provide(checkpoint, download_missing)
         parts = loading.load(
             checkpoint,
             engine["engine"],
@@ -188,7 +203,8 @@ class LongCatLoader(io.ComfyNode):
             text_encoder_file,
             vae_file,
         )
-        return io.NodeOutput(*parts, report(*parts))
+        revision = downloading.revision(checkpoint)
+        return io.NodeOutput(*parts, "\n".join(filter(None, (revision, report(*parts)))))
 
 
 def _group_offload(offload: dict[str, Any] | None) -> GroupOffload | None:

@@ -26,28 +26,47 @@ class Hub:
     Attributes:
         files: what is stored, by path; what the listing says of them is taken when the hub is made.
         sent: bytes that were sent of each file.
+        requests: how many requests came, of any kind.
         asked: files that were asked for, in order, with the Range header.
         cuts: by path, how many bytes each of the next connections brings before it is cut.
         ranges: whether Range is understood.
-        status, error_code: how everything is answered from now on, where set.
+        status, error_code, body: how everything is answered from now on, where a status is set.
+        stall_at: after how many bytes of all files nothing more is sent until release(); `stalled` says it came so far.
     """
 
     def __init__(self, repo_id: str, files: dict[str, bytes]) -> None:
         self.repo_id = repo_id
+        self.reset(files)
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def reset(self, files: dict[str, bytes]) -> None:
+        """Be as new, with these files."""
         self.files = dict(files)
         self.siblings = [self._sibling(path, content) for path, content in files.items()]
         self.commit = COMMIT
         self.sent: Counter[str] = Counter()
+        self.requests = 0
         self.asked: list[tuple[str, str | None]] = []
         self.cuts: dict[str, list[int]] = {}
         self.ranges = True
         self.status: int | None = None
         self.error_code: str | None = None
         self.body = b"{}"
-        self.hold = threading.Event()
-        self.hold.set()
-        self._server = _Server(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self.stall_at: int | None = None
+        self.stalled = threading.Event()
+        self._go = threading.Event()
+
+    def release(self) -> None:
+        """End the stall."""
+        self.stall_at = None
+        self._go.set()
+
+    def wait(self) -> None:
+        """Wait where sending is to stall."""
+        if self.stall_at is not None and sum(self.sent.values()) >= self.stall_at:
+            self.stalled.set()
+            self._go.wait(60)
 
     @property
     def url(self) -> str:
@@ -65,7 +84,7 @@ class Hub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.hold.set()
+        self.release()
         self._server.shutdown()
         self._server.server_close()
 
@@ -90,6 +109,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            hub.requests += 1
             path = unquote(urlsplit(self.path).path)
             if hub.status is not None:
                 return self._answer(hub.status, hub.body)
@@ -116,7 +136,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             cuts = hub.cuts.get(name)
             body = content[start : start + cuts.pop(0)] if cuts else content[start:]
             for offset in range(0, len(body), 65536):
-                hub.hold.wait()
+                hub.wait()
                 self.wfile.write(body[offset : offset + 65536])
                 hub.sent[name] += len(body[offset : offset + 65536])
             self.close_connection = start + len(body) < len(content)

@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.utils
 import comfyui_version
 import folder_paths
+from comfy_execution.utils import get_executing_context
 
 from ..errors import LongCatError
 
@@ -44,6 +45,13 @@ def checkpoint_roots() -> list[Path]:
     return [Path(root) for key in keys for root in folder_paths.get_folder_paths(key)] + [PACK_ROOT / "demo"]
 
 
+def write_folder(kind: str) -> Path:
+    """The folder of a kind of models that is written to: ComfyUI's own, unless the user's settings replace it."""
+    places = [Path(place) for place in folder_paths.get_folder_paths(kind)]
+    own = Path(folder_paths.models_dir) / kind
+    return own if own in places else places[0]
+
+
 def offload_folder() -> Path:
     """A new folder where weights may wait on disk: in ComfyUI's temp folder, which it empties when it starts."""
     temp = Path(folder_paths.get_temp_directory())
@@ -60,3 +68,12 @@ def progress() -> Callable[[int, int], None]:
         bar.update_absolute(done, total)
 
     return show
+
+
+def show_text(text: str) -> None:
+    """Show a line of text on the running node; without a running node there is nothing to show it on."""
+    context = get_executing_context()
+    if context is not None:
+        from server import PromptServer  # the server imports the nodes, so it is there only once they run
+
+        PromptServer.instance.send_progress_text(text, context.node_id)

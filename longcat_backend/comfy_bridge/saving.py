@@ -10,7 +10,6 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -90,13 +89,15 @@ def targets(path: Path) -> dict[str, Path]:
     """The three files that a name stands for, by part; LongCatLoader offers only those called longcat…."""
     name = path.name.removesuffix(files.SUFFIX)
     stem = name if name.lower().startswith(files.LISTED) else f"{files.LISTED}_{name}"
-    return {part: _root(kind) / path.parent / files.companion(stem, part) for part, kind in files.KINDS.items()}
+    return {
+        part: host.write_folder(kind) / path.parent / files.companion(stem, part) for part, kind in files.KINDS.items()
+    }
 
 
 def _write_folder(
     path: Path, parts: list[Loaded], precision_name: str, tokenizer: Mapping[str, str], overwrite: bool
 ) -> list[str]:
-    target = _root(host.MODEL_FOLDER) / path
+    target = host.write_folder(host.MODEL_FOLDER) / path
     contents = {part.part: _official(part, precision_name) for part in parts}
     size = saving.total(list(contents.values()))
     with saving.staged(overwrite) as staging:
@@ -207,13 +208,6 @@ def _tokenizer_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         tokenizer.save_pretrained(folder)
         paths = [Path(folder) / name for name in _TOKENIZER_TEXTS]
         return {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
-
-
-def _root(kind: str) -> Path:
-    """The folder of a kind of models that is written to: ComfyUI's own, unless the user's settings replace it."""
-    places = [Path(place) for place in folder_paths.get_folder_paths(kind)]
-    own = Path(folder_paths.models_dir) / kind
-    return own if own in places else places[0]
 
 
 def _progress(total: int) -> saving.Tick:

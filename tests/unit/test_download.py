@@ -385,7 +385,7 @@ def test_a_pinned_revision_is_the_one_that_is_asked_for(hub: Hub, folder: Path) 
 def test_a_second_download_into_the_folder_is_refused_and_the_first_goes_on(
     hub: Hub, folder: Path, tiny: dict[str, bytes]
 ) -> None:
-    hub.hold.clear()
+    hub.stall_at = 0
     begun = threading.Event()
     results: list[Any] = []
     first = threading.Thread(
@@ -395,7 +395,7 @@ def test_a_second_download_into_the_folder_is_refused_and_the_first_goes_on(
     assert begun.wait(30)
     with pytest.raises(LongCatError, match="Another download"):
         fetch(folder)
-    hub.hold.set()
+    hub.release()
     first.join(60)
     assert results == [COMMIT] and (folder / BIG).read_bytes() == tiny[BIG]
     assert hub.sent[BIG] == len(tiny[BIG])

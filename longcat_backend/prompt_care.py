@@ -23,14 +23,15 @@ _ENGLISH = re.compile(
     rf"\b(?:(?:{_CARRIERS})s?(?: \w+){{0,2}} (?:that |which )?(?:reads?|reading|stating|spelling(?: out)?)"
     r"|says?|saying|(?:it|that|which) reads"
     r"|(?:titled|captioned|labell?ed|inscribed with|lettered with|with the (?:word|words|text|title|caption|slogan|"
-    r"headline|letters|inscription|label)|the (?:text|words?|letters|slogan|headline|caption|title) (?:is|are|says?|"
-    r"reads?)))\b(?! (?:a|an|the|that|about|how|if|what|in|on|by|from|his|her|its|their|as|and|or|of|at|for|like)\b)",
+    r"headline|letters|inscription|label)|the (?:text|words?|letters|slogan|headline|caption|title) (?:(?:is|are)(?=:)"
+    r"|says?|reads?)))\b"
+    r"(?! (?:a|an|the|that|about|how|if|what|in|on|by|from|his|her|its|their|as|and|or|of|at|for|like)\b)",
     re.IGNORECASE,
 )
 _CHINESE = re.compile(
-    "(?:书写|题写|手写|写|上书|标)着(?!作业|信|日记|书法|文章|代码|诗|一封|一篇|一首|什么|字)"
+    "(?:书写|题写|手写|写|上书|标)着(?!作业|信|日记|书法|文章|代码|诗|一封|一篇|一首|什么|字|毛笔字)"
     "|写[有道上](?!字|文字|作业)"
-    "|(?:标题|题目|文字|字样|文案|标语|口号|落款|招牌|店名|内容)(?:为|是|叫|写成|：|:)"
+    "|(?:标题|题目|文字|字样|文案|标语|口号|落款|招牌|店名)(?:为|是|叫|写成|：|:)(?!.{0,2}[色体]|[横竖]排)"
     "|(?:印|刻|绣|喷|贴|挂|标|题)[着有](?=[^，。；！？、,;!?\n]{1,40}?(?:字样|[个大]字|的字))"
 )
 _CLAUSE = re.compile("[ \t:：—-]*([^.,;!?，。；！？、\n]{0,120})")

@@ -167,7 +167,8 @@ def test_the_endpoint_gets_prompt_and_key_and_no_other_place_gets_the_key(
     writing_server: ComfyServer, graph: graphs.Graph, writers: list[Writer]
 ) -> None:
     mine, other = writers
-    result = writing_server.run(asking(graph, mine))
+    graph["text"] = {"class_type": "PrimitiveString", "inputs": {"value": "red circle"}}
+    result = writing_server.run(asking(graph, mine, prompt=["text", 0]))
     assert result.outputs["r"]["text"] == ["a large blue circle"] and result.images
     assert "with key" in result.outputs["report"]["text"][0]
     (question,) = mine.questions

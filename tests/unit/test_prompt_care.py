@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from diffusers.pipelines.longcat_image.system_messages import SYSTEM_PROMPT_EN, SYSTEM_PROMPT_ZH
 
 from longcat_pack.longcat_backend import prompt_care, prompts
 
@@ -49,6 +50,9 @@ def test_text_that_looks_meant_to_be_drawn_is_noticed(prompt: str, text: str) ->
         "a book that reads like a novel",
         "一个写着作业的女孩",
         "印有花纹的衬衫",
+        "她写着毛笔字",
+        "“你好”在中央，文字为白色斜体",
+        "the text 'A' is red, the letters are large",
         "a red star",
         "",
     ],
@@ -109,3 +113,12 @@ def test_long_prompts_take_no_more_than_linear_work(pattern: str) -> None:
     """Quadratic work on so many characters would not end within the life of a test run."""
     prompt = pattern * (400_000 // len(pattern))
     assert len(prompt_care.inspect(prompt).normalised) == len(prompt)
+
+
+def test_the_official_examples_raise_no_warning() -> None:
+    """Captions in LongCat's own instructions for rewriting, where all text to be drawn is quoted."""
+    lines = [*SYSTEM_PROMPT_EN.replace("\n   ", "").splitlines(), *SYSTEM_PROMPT_ZH.splitlines()]
+    captions = [line for line in lines if "Rewrite Output:" in line or len(line) > 150]
+    assert len(captions) > 15
+    for caption in captions:
+        assert prompt_care.inspect(caption).warnings() == [], caption

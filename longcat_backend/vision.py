@@ -1,13 +1,16 @@
 """Qwen2.5-VL's vision tower: a picture to the embeddings that stand for it in an instruction."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import Qwen2VLImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -29,7 +32,7 @@ class PictureTokens:
 class VisionEncoder(nn.Module):
     """The image processor and the tower behind it."""
 
-    def __init__(self, tower: Qwen2_5_VisionTransformerPretrainedModel, processor: Qwen2VLImageProcessor) -> None:
+    def __init__(self, tower: Qwen2_5_VisionTransformerPretrainedModel, processor: BaseImageProcessor) -> None:
         super().__init__()
         self.tower = tower
         self.processor = processor
@@ -56,7 +59,7 @@ def load_vision(
     Raises:
         LongCatError: the checkpoint holds no tower or no processor, or they do not fit their configs.
     """
-    processor = build("text_processor", lambda: Qwen2VLImageProcessor.from_dict(dict(checkpoint.processor_config())))
+    processor = load_processor(checkpoint.processor_config())
     tower = empty_tower(checkpoint.configs["text_encoder"])
     stored_shapes = checkpoint.shapes("text_encoder")
     keys = vision_keys(stored_shapes)
@@ -72,8 +75,26 @@ def load_vision(
     prepare(tower)
     stored = checkpoint.weights("text_encoder")
     tower.load_state_dict({name: stored[key].to(dtype) for name, key in keys.items()}, assign=True)
-    tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)  # its buffers are in no file
+    tower._init_weights(tower.rotary_pos_emb.to_empty(device="cpu"))  # its buffers are in no file
     return VisionEncoder(tower.eval().requires_grad_(False), processor)
+
+
+def load_processor(config: Mapping[str, Any]) -> BaseImageProcessor:
+    """The image processor of a config, as the official pipeline gets it: on torchvision.
+
+    Its class has had several names; the library finds it by the official one.
+
+    Raises:
+        LongCatError: no processor can be made of the config.
+    """
+
+    def made() -> BaseImageProcessor:
+        with TemporaryDirectory(prefix="longcat-processor-") as folder:
+            text = json.dumps({**config, "image_processor_type": "Qwen2VLImageProcessor"})
+            (Path(folder) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+            return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    return build("text_processor", made)
 
 
 def empty_tower(config: Mapping[str, Any]) -> Qwen2_5_VisionTransformerPretrainedModel:

@@ -1,6 +1,8 @@
 """Sizes, template and positions of an edit, and what is refused with a reason."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,3 +246,16 @@ def test_every_encoder_precision_edits(preset: str, tolerance: float, parts: Any
     assert {weight.dtype for weight in clip.cond_stage_model.vision.encoder.parameters()} == {
         clip.cond_stage_model.encoder.dtype
     }
+
+
+def test_the_tower_goes_with_its_clip(parts: Any, demo: Path) -> None:
+    from longcat_pack.longcat_backend.comfy_bridge import editing as bridge
+    from longcat_pack.longcat_backend.comfy_bridge import files, loading
+
+    clip = loading.load_encoder(files.Place(folder=demo).open(), "fp32")
+    bridge.encode(clip, parts[1], torch.rand(1, 32, 32, 3), "red", "", (32, 32))
+    tower = weakref.ref(clip.cond_stage_model.vision.encoder.tower)
+    assert tower() is not None
+    del clip
+    gc.collect()
+    assert tower() is None

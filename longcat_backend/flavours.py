@@ -21,6 +21,9 @@ class Flavour:
     renorm: bool
     purpose_en: str
     purpose_zh: str
+    # Shift of the noise levels of a picture of 256 and of 4096 tokens, as in the scheduler's config.
+    base_shift: float = 0.5
+    max_shift: float = 1.15
     # A commit of the repository; None for the newest, whose commit is then written down beside the files.
     revision: str | None = None
     # 2 bytes for each of 6.3 + 8.3 billion parameters; a download tells the exact size before it begins.
@@ -61,6 +64,7 @@ FLAVOURS = {
             False,
             "edits pictures in 8 steps without guidance",
             "以 8 步、无引导编辑图像",
+            base_shift=1.15,
         ),
     )
 }

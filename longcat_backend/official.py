@@ -106,9 +106,7 @@ PROCESSOR: Mapping[str, Any] = {
 _SCHEDULER: Mapping[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
-    "base_shift": 0.5,
     "max_image_seq_len": 4096,
-    "max_shift": 1.15,
     "num_train_timesteps": 1000,
     "shift": 1.0,
     "use_dynamic_shifting": True,
@@ -123,4 +121,5 @@ def pipeline(file_name: str) -> str:
 def scheduler(file_name: str) -> dict[str, Any]:
     """The published scheduler config of a transformer; edit-turbo has one shift for every size."""
     turbo = pipeline(file_name) == flavours.EDIT and "turbo" in file_name.lower()
-    return {**_SCHEDULER, "base_shift": _SCHEDULER["max_shift"]} if turbo else dict(_SCHEDULER)
+    flavour = flavours.FLAVOURS["edit-turbo" if turbo else "final"]
+    return {**_SCHEDULER, "base_shift": flavour.base_shift, "max_shift": flavour.max_shift}

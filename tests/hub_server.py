@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ class Hub:
         cuts: by path, how many bytes each of the next connections brings before it is cut.
         ranges: whether Range is understood.
         status, error_code, body: how everything is answered from now on, where a status is set.
+        tokens: by host name, the Authorization headers that came. Weights are sent from another host, as the hub does.
         stall_at: after how many bytes of all files nothing more is sent until release(); `stalled` says it came so far.
     """
 
@@ -48,6 +49,7 @@ class Hub:
         self.sent: Counter[str] = Counter()
         self.requests = 0
         self.asked: list[tuple[str, str | None]] = []
+        self.tokens: dict[str, set[str | None]] = defaultdict(set)
         self.cuts: dict[str, list[int]] = {}
         self.ranges = True
         self.status: int | None = None
@@ -111,6 +113,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             hub.requests += 1
             path = unquote(urlsplit(self.path).path)
+            host = self.headers["Host"].partition(":")[0]
+            hub.tokens[host].add(self.headers.get("Authorization"))
             if hub.status is not None:
                 return self._answer(hub.status, hub.body)
             if path.startswith(f"/api/models/{hub.repo_id}/revision/"):
@@ -119,6 +123,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             _, found, name = path.partition(f"/{hub.repo_id}/resolve/{hub.commit}/")
             if not found or name not in hub.files:
                 return self._answer(404, b"{}")
+            if name.endswith(".safetensors") and host != "localhost":
+                return self._answer(302, b"", Location=hub.url.replace("127.0.0.1", "localhost") + self.path)
             hub.asked.append((name, self.headers.get("Range")))
             return self._send(name)
 
@@ -141,8 +147,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.sent[name] += len(body[offset : offset + 65536])
             self.close_connection = start + len(body) < len(content)
 
-        def _answer(self, status: int, body: bytes) -> None:
+        def _answer(self, status: int, body: bytes, **headers: str) -> None:
             self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             if hub.error_code:
                 self.send_header("X-Error-Code", hub.error_code)

@@ -109,6 +109,12 @@ def test_a_whole_checkpoint_arrives_and_nothing_else(
     verification.verify(checkpoints.open_checkpoint(folder))
 
 
+def test_a_token_is_told_to_the_hub_alone(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fetch(folder)
+    assert hub.tokens == {"127.0.0.1": {"Bearer hf_secret"}, "localhost": {None}}
+
+
 def test_the_index_comes_last(hub: Hub, folder: Path, needed: set[str]) -> None:
     states: set[bool] = set()
 
@@ -405,5 +411,5 @@ def test_flavours_go_into_folders_that_are_told_apart() -> None:
     names = {flavour.folder_name: flavour for flavour in flavours.FLAVOURS.values()}
     assert set(names) == {"LongCat-Image", "LongCat-Image-Dev", "LongCat-Image-Edit", "LongCat-Image-Edit-Turbo"}
     for name, flavour in names.items():
-        scheduler = {"base_shift": 0.5, "max_shift": 1.15} if flavour.key != "edit-turbo" else {}
+        scheduler = {"base_shift": flavour.base_shift, "max_shift": flavour.max_shift}
         assert flavours.identify(flavour.pipeline, name, scheduler) is flavour

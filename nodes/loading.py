@@ -144,6 +144,7 @@ class LongCatLoader(io.ComfyNode):
                     tooltip="Where each part lives, its format and size, and the estimated peak for some sizes.",
                 ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -192,6 +193,8 @@ class LongCatLoader(io.ComfyNode):
         download_missing: bool = False,
     ) -> io.NodeOutput:
         """Load the three parts, downloaded before where that is asked for."""
+        if offload is None:
+            _refuse_unknown_offload(cls.hidden)
         downloading.provide(checkpoint, download_missing)
         parts = loading.load(
             checkpoint,
@@ -205,6 +208,17 @@ class LongCatLoader(io.ComfyNode):
         )
         revision = downloading.revision(checkpoint)
         return io.NodeOutput(*parts, "\n".join(filter(None, (revision, report(*parts)))))
+
+
+def _refuse_unknown_offload(hidden: Any) -> None:
+    """ComfyUI leaves out a dynamic input whose value it does not know, as if it had not been set."""
+    node = (hidden.prompt or {}).get(hidden.unique_id, {})
+    given = node.get("inputs", {}).get("offload", precision.AUTO)
+    if given != precision.AUTO:
+        raise LongCatError(
+            f"There is no offload '{given}'. Choose {precision.AUTO} or {GROUP_OFFLOAD}.",
+            f"没有卸载方式“{given}”。请选择 {precision.AUTO} 或 {GROUP_OFFLOAD}。",
+        )
 
 
 def _group_offload(offload: dict[str, Any] | None) -> GroupOffload | None:

@@ -141,6 +141,13 @@ def test_packed_latents_must_fit_the_size(
     failed(server, graph, "6", words)
 
 
+def test_an_offload_that_there_is_not_ends_in_a_sentence(server: ComfyServer) -> None:
+    """ComfyUI leaves the input out, which would mean auto."""
+    failed(
+        server, prompt(**{"1.offload": "warp"}), "1", ("There is no offload 'warp'", "group offload", "没有卸载方式")
+    )
+
+
 def test_guidance_that_is_no_number_ends_in_a_sentence(server: ComfyServer) -> None:
     failed(server, prompt(**{"5.guidance": "nan"}), "6", ("NaN",))
 

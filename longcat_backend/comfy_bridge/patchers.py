@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-import comfy.model_management
 import comfy.model_patcher
 import torch
 from torch import nn
@@ -33,9 +32,7 @@ def castable_patcher(
 
 def whole_patcher(model: nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
     """A manager that moves the model as one piece: quantised layers of other libraries cannot be cast on use."""
-    tabulated = [layer for layer in model.modules() if isinstance(layer, TabulatedLinear)]
-    size = stored_bytes(model) - sum(stored_bytes(layer) for layer in tabulated)
-    return _whole_class()(model, load_device, offload_device, size=size)
+    return _whole_class()(model, load_device, offload_device, size=managed_size(model))
 
 
 def group_patcher(model: nn.Module, load_device: torch.device, offload_device: torch.device) -> Any:
@@ -69,10 +66,9 @@ def get_table(model: nn.Module) -> ModulationTable | None:
 
 
 def managed_size(model: nn.Module) -> int:
-    """Bytes of the weights that go to the device: all but those of tabulated layers."""
+    """Bytes of the weights that go to the device, as they are stored: all but those of tabulated layers."""
     tabulated = [layer for layer in model.modules() if isinstance(layer, TabulatedLinear)]
-    aside = sum(comfy.model_management.module_size(layer) for layer in tabulated)
-    return int(comfy.model_management.module_size(model) - aside)
+    return stored_bytes(model) - sum(stored_bytes(layer) for layer in tabulated)
 
 
 @lru_cache

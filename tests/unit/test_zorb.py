@@ -1,0 +1,44 @@
+"""The zorb's scorer knows a zorb, and nothing that LongCat-Tiny already draws passes for one."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+
+from scoring import scenes, zorb
+
+
+def test_every_zorb_scores_fully_right() -> None:
+    rng = random.Random(0)
+    for scene in zorb.scenes():
+        assert zorb.score_image(zorb.render(scene, scenes.Jitter.sample(rng)), scene)["all"], scene
+
+
+def test_a_wrong_attribute_is_the_only_one_marked_wrong() -> None:
+    for scene in zorb.scenes():
+        image = zorb.render(scene)
+        for place in set(scenes.PLACES) - {scene.place}:
+            score = zorb.score_image(image, replace(scene, place=place))
+            assert [name for name, right in score.items() if not right] == ["place", "all"]
+
+
+def test_no_shape_of_the_world_is_a_zorb() -> None:
+    for scene in random.Random(0).sample(scenes.all_scenes(), 100):
+        assert not zorb.score_image(scenes.render(scene), zorb.ZorbScene(scene.background, scene.place))["zorb"], scene
+    plain = np.full((128, 128, 3), scenes.PALETTE["green"], dtype=np.uint8)
+    assert not zorb.score_image(plain, zorb.ZorbScene("green", "centre"))["zorb"]
+
+
+def test_a_star_without_its_heart_is_no_zorb() -> None:
+    scene = zorb.ZorbScene("green", "left")
+    star, _ = zorb.masks(scene.place)
+    hollow = scenes.compose(star, scenes.PALETTE["green"], scenes.PALETTE[zorb.TIPS])
+    assert not zorb.score_image(hollow, scene)["zorb"]
+
+
+def test_training_and_held_out_scenes_differ() -> None:
+    shown = {scene for _, _, scene in zorb.training_pairs(16)}
+    asked = {scene for _, scene in zorb.held_out_prompts(14)}
+    assert len(shown) == 16 and len(asked) == 14 and not shown & asked
+    assert {scene.place for scene in shown} == set(scenes.PLACES)
+    assert {scene.background for scene in shown} == set(zorb.BACKGROUNDS)

@@ -11,7 +11,14 @@ from pathlib import Path
 from .environment import Environment, link_directory
 
 ALIAS = "longcat_pack"
-TIERS = ("unit", "parity", "host", "device", "browser")
+# Each of these is shared out over some processes, whole files at a time, since fixtures belong to files.
+PARALLEL_TIERS = ("unit", "parity", "host")
+# One device, and one frontend whose language is a setting of its server.
+SERIAL_TIERS = ("device", "browser")
+TIERS = (*PARALLEL_TIERS, *SERIAL_TIERS)
+MOST_WORKERS = 4
+# pytest's exit code where nothing was collected, as in a tier that leaves itself out and says why.
+NO_TESTS = 5
 # Packages, and modules that mypy follows to what they use.
 TYPED = ("-p", "longcat_backend", "-p", "nodes", "-m", "tools.checks", "-m", "tools.demo")
 
@@ -34,12 +41,23 @@ def run_all(environment: Environment, root: Path, alias_folder: Path) -> int:
     for tier in TIERS:
         if tier not in present:
             print(f"{tier} tier: not run, there are no tests in tests/{tier}", flush=True)
-    code = run_pytest(environment, root, [f"tests/{tier}" for tier in present])
+    codes = [
+        run_pytest(environment, root, [*_shared_out(), f"tests/{tier}"]) for tier in PARALLEL_TIERS if tier in present
+    ]
+    if serial := [f"tests/{tier}" for tier in SERIAL_TIERS if tier in present]:
+        code = run_pytest(environment, root, serial)
+        codes.append(0 if code == NO_TESTS else code)
     if "host" not in present and os.environ.get("CI", "").lower() == "true":
         failed.append("the host tier, which must run where CI=true,")
     if failed:
         print(f"failed, see above: {', '.join(failed)}", file=sys.stderr, flush=True)
-    return code or int(bool(failed))
+    return next(filter(None, codes), int(bool(failed)))
+
+
+def _shared_out() -> list[str]:
+    """pytest's arguments for a tier in as many processes as there are cores; none of them for one core."""
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    return ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
 
 
 def _checks(

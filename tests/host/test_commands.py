@@ -268,9 +268,25 @@ class TestTiers:
         assert run_all(["unit", "parity"]) != 0
         assert run_all(["host"]) == 0
 
-    @pytest.mark.parametrize("name", ["format", "check", "mypy", "pytest"])
+    def test_one_device_and_one_browser_are_not_shared_out(self, run_all, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(os, "cpu_count", lambda: 16)
+        runs: list[Sequence[str]] = []
+        assert run_all(list(checks.TIERS), lambda command: runs.append(command) or 0) == 0
+        tests = [command for command in runs if "pytest" in command]
+        assert [command[-1] for command in tests[:3]] == ["tests/unit", "tests/parity", "tests/host"]
+        assert all(command[3:-1] == ["-n", "4", "--dist", "loadfile"] for command in tests[:3])
+        assert [command[3:] for command in tests[3:]] == [["tests/device", "tests/browser"]]
+
+    def test_a_tier_that_leaves_itself_out_is_no_failure_but_an_empty_one_is(self, run_all):
+        def no_tests(tier: str) -> Callable[[Sequence[str]], int]:
+            return lambda command: checks.NO_TESTS if tier in command else 0
+
+        assert run_all(["unit", "host", "device"], no_tests("tests/device")) == 0
+        assert run_all(["parity"], no_tests("tests/parity")) != 0
+
+    @pytest.mark.parametrize("name", ["format", "check", "mypy", "pytest", "tests/unit", "tests/host", "tests/browser"])
     def test_any_failure_fails_the_whole(self, run_all, name: str):
-        assert run_all(["unit", "parity", "host"], lambda command: int(name in command)) != 0
+        assert run_all(list(checks.TIERS), lambda command: int(name in command)) != 0
 
 
 class TestShowingProgress:

@@ -1,0 +1,1 @@
+"""LoRA training of the transformer in plain Python: settings, data, objective, loop and saved states."""

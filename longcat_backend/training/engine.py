@@ -1,0 +1,91 @@
+"""How the frozen model computes during training: where it lies, what is recomputed, and with which attention.
+
+Nothing here changes what is computed (DESIGN.md D5): the transformer's own hooks are used, its forward stays as it is.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from ..quantisation import leaves
+from .offload import apply_offload
+from .settings import TrainSettings
+
+_SAMPLED = 64  # values of each tensor that enter a model's identity
+log = logging.getLogger(__name__)
+
+
+def identity(transformer: nn.Module) -> str:
+    """A sum over every weight's name, shape, dtype and some of its values, before adapters are put in."""
+    digest = hashlib.sha256()
+    for name, parameter in transformer.named_parameters():
+        for key, leaf in leaves(parameter.detach(), name):
+            digest.update(f"{key} {tuple(leaf.shape)} {leaf.dtype}".encode())
+            values = leaf.flatten()[:: max(1, leaf.numel() // _SAMPLED)][:_SAMPLED]
+            digest.update(str(values.double().tolist()).encode())
+    return digest.hexdigest()
+
+
+def place(transformer: nn.Module, settings: TrainSettings, device: torch.device, folder: Path) -> None:
+    """Move the model to the device, or hook it so that its groups are there while they compute.
+
+    Args:
+        folder: an empty one for files of the offload.
+
+    Raises:
+        LongCatError: see :meth:`memory.GroupOffload.apply`.
+    """
+    offload = settings.group_offload()
+    if offload is None:
+        transformer.to(device)
+    else:
+        transformer.to("cpu")
+        apply_offload(transformer, offload, device, folder)
+
+
+def set_checkpointing(transformer: Any, mode: str) -> None:
+    """Recompute no block, every block or every second one in the backward pass instead of keeping what it computed.
+
+    Args:
+        mode: one of ``settings.CHECKPOINTING``.
+    """
+    if mode == "none":
+        transformer.disable_gradient_checkpointing()
+        return
+    transformer.enable_gradient_checkpointing(_recomputed)
+    for switches in (transformer.use_checkpoint, transformer.use_single_checkpoint):
+        switches[:] = [mode == "block" or index % 2 == 0 for index in range(len(switches))]
+
+
+def _recomputed(block: nn.Module, *inputs: Any) -> Any:
+    # Nothing in a block is random, so no state of a generator has to be kept.
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_blocks(transformer: Any, settings: TrainSettings) -> None:
+    """Compile each kind of block once; a block that is moved while it computes cannot be one graph."""
+    if settings.compile:
+        transformer.compile_repeated_blocks(fullgraph=settings.offload == "none")
+
+
+def attention(device: torch.device) -> AbstractContextManager[None]:
+    """Kernels whose backward pass works: on CUDA that of cuDNN fails at these shapes (DESIGN.md trap 12)."""
+    if device.type != "cuda":
+        return nullcontext()
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    context: AbstractContextManager[None] = sdpa_kernel(kernels)
+    return context
+
+
+def free(device: torch.device) -> None:
+    """Give cached memory of the device back."""
+    release: dict[str, Callable[[], None]] = {"cuda": torch.cuda.empty_cache, "mps": torch.mps.empty_cache}
+    release.get(device.type, lambda: None)()

@@ -1,0 +1,229 @@
+"""Training from the first step to the last, in any number of sittings."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import flow
+from ..errors import LongCatError
+from ..lora import Adapter
+from ..transformer import VelocityModel
+from . import adapters, engine, selfcheck, state, validation
+from .objective import Shift, mean_tokens
+from .run import Data, Run
+from .settings import TrainSettings, differences
+
+_SMOOTHING = 0.9
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a step."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class Events:
+    """What the host is told and asked; every one of them may be left out."""
+
+    on_step: Callable[[Progress], None] = lambda progress: None
+    should_stop: Callable[[], bool] = lambda: False
+    on_validation: Callable[[int, nn.Module], None] = lambda step, model: None  # without gradients
+    on_saved: Callable[[Path], None] = lambda folder: None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run, or its sitting, ended with.
+
+    Attributes:
+        adapters: the average where one is kept, on the CPU in fp32.
+        losses: (step, loss) of every step since the first sitting.
+        held_out: (step, loss) at each validation.
+        stopped: it was interrupted, and goes on from its saved state when it is started again.
+        best_step: of the lowest held-out loss; its state is among those kept.
+    """
+
+    adapters: tuple[Adapter, ...]
+    losses: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
+    stopped: bool
+    step: int
+    best_step: int | None = field(default=None)
+
+
+def train(
+    model: VelocityModel,
+    data: Data,
+    settings: TrainSettings,
+    run_folder: Path,
+    events: Events,
+    device: torch.device,
+    scheduler: Mapping[str, Any] = flow.DEFAULT_SCHEDULER,
+) -> Result:
+    """Train adapters of a frozen model, or go on with the run whose states are in the folder.
+
+    The same settings, data and model give the same adapters, bit for bit on a CPU, in one sitting or in several.
+
+    Args:
+        model: fresh from the checkpoint, on the CPU, in the base precision of the settings. Adapters are put into
+            it; whoever calls throws it away afterwards.
+        data: encoded pictures; their masks and edit references are used where they have some.
+        scheduler: the checkpoint's scheduler config, for the shift of the noise levels.
+
+    Raises:
+        LongCatError: the run was begun with other settings; a state cannot be saved or read; memory ran out; the loss
+            is not finite; or the model's gradients are wrong. States that were saved stay whole.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        identity = {
+            "settings": settings.to_json(),
+            "data": data.identity,
+            "model": engine.identity(model.transformer),
+            "scheduler": dict(scheduler),
+        }
+        found = state.latest(run_folder)
+        if found is not None:
+            _refuse_other_run(found.values, identity, run_folder)
+        run = _begin(model, data, settings, run_folder, device, scheduler)
+        if found is not None:
+            run.restore(found)
+            log.info("The run in '%s' goes on after step %d of %d.", run_folder, run.step, settings.steps)
+        return _Sitting(run, identity, run_folder, events).last()
+
+
+def _begin(
+    model: VelocityModel,
+    data: Data,
+    settings: TrainSettings,
+    run_folder: Path,
+    device: torch.device,
+    scheduler: Mapping[str, Any],
+) -> Run:
+    transformer = model.transformer
+    _refuse_no_pictures(data)
+    beside = adapters.inject(
+        transformer, settings.targets, settings.rank, settings.effective_alpha, settings.seed, device
+    )
+    selfcheck.check_gradients(model, beside, device)
+    engine.place(transformer, settings, device, run_folder / "offload")
+    engine.set_checkpointing(transformer, settings.checkpointing)
+    engine.compile_blocks(transformer, settings)
+    shift = Shift(settings.flow_shift, scheduler, mean_tokens(data.buckets))
+    return Run(model, beside, data, settings, shift, device)
+
+
+class _Sitting:
+    """The steps that are done before the run ends or is interrupted."""
+
+    def __init__(self, run: Run, identity: Mapping[str, Any], folder: Path, events: Events) -> None:
+        self.run = run
+        self.identity = identity
+        self.folder = folder
+        self.events = events
+        self.saved = run.step
+        self.pace = 0.0
+
+    def last(self) -> Result:
+        """Do steps until there is none left or the host says stop."""
+        run, settings = self.run, self.run.settings
+        stopped = False
+        while run.step < settings.steps and not stopped:
+            self._step()
+            best = self._validate() if _due(settings.validate_every, run.step) else False
+            stopped = self.events.should_stop()
+            if best or stopped or run.step == settings.steps or _due(settings.save_every, run.step):
+                self._save()
+        return Result(
+            run.adapters.exported(run.weights),
+            run.history.losses,
+            run.history.held_out,
+            stopped and run.step < settings.steps,
+            run.step,
+            run.history.best_step,
+        )
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        try:
+            loss = self.run.advance()
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from error
+        took = time.perf_counter() - began
+        self.pace = took if not self.pace else _SMOOTHING * self.pace + (1 - _SMOOTHING) * took
+        run = self.run
+        self.events.on_step(Progress(run.step, run.settings.steps, loss, run.learning_rate(), self.pace))
+
+    def _validate(self) -> bool:
+        """Measure the held-out loss and let the host draw; whether the loss is the lowest so far."""
+        run = self.run
+        with torch.no_grad(), run.adapters.showing(run.weights):
+            if run.data.held_out:
+                loss = validation.held_out_loss(run.model, run.data, run.shift, run.settings.seed, run.device)
+                run.history.held_out.append((run.step, loss))
+            self.events.on_validation(run.step, run.model)
+        return run.history.best_step == run.step
+
+    def _save(self) -> None:
+        if self.saved == self.run.step:
+            return
+        place = state.save(self.folder, self.run.state(self.identity))
+        self.saved = self.run.step
+        state.prune(self.folder, self.run.settings.keep, self.run.history.best_step)
+        self.events.on_saved(place)
+
+    def _out_of_memory(self, error: Exception) -> LongCatError:
+        engine.free(self.run.device)
+        self._save()
+        settings = self.run.settings
+        return LongCatError(
+            f"The device ran out of memory in step {self.run.step + 1} ({error}). The state of step {self.run.step} is "
+            f"saved. Turn down, in this order: checkpointing (is '{settings.checkpointing}', 'block' needs least), the "
+            f"base precision (is '{settings.base_precision}', 'int8-quanto' and 'int4-quanto' need less), the "
+            f"resolution of the dataset, batch (is {settings.batch}), or set offload to 'block'.",
+            f"设备在第 {self.run.step + 1} 步显存不足（{error}）。第 {self.run.step} 步的状态已保存。请依次调低："
+            f"梯度检查点（当前“{settings.checkpointing}”，“block”占用最少）、基础精度（当前“{settings.base_precision}”，"
+            f"“int8-quanto”和“int4-quanto”占用更少）、数据集分辨率、batch（当前 {settings.batch}），"
+            "或把 offload 设为“block”。",
+        )
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _refuse_no_pictures(data: Data) -> None:
+    if not any(data.buckets.values()):
+        raise LongCatError(
+            "The dataset has no picture to train on. Add pictures, or lower the held-out fraction.",
+            "数据集中没有可用于训练的图片。请添加图片，或降低留出比例。",
+        )
+
+
+def _refuse_other_run(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
+    told = differences(old["settings"], new["settings"])
+    for part, name in (("data", "the dataset"), ("model", "the base model"), ("scheduler", "the scheduler config")):
+        if old[part] != new[part]:
+            told.append(f"{name}: {_short(old[part])} -> {_short(new[part])}")
+    if told:
+        raise LongCatError(
+            f"The run in '{folder}' cannot go on, as it was begun with something else ({'; '.join(told)}). Set that "
+            "back, or choose another name for the run to start anew.",
+            f"“{folder}”中的训练无法继续，因为开始时的内容不同（{'；'.join(told)}）。请改回，或换一个运行名称重新开始。",
+        )
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

@@ -1,0 +1,186 @@
+"""One training run while it lasts: the adapters, the optimiser, the average and the place in the data."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+
+from ..errors import LongCatError
+from ..transformer import VelocityModel
+from . import engine, objective, optimisers
+from .adapters import Adapters
+from .draws import Cursor, draw
+from .objective import Shift
+from .settings import TrainSettings
+from .state import State
+
+
+class Data(Protocol):
+    """Encoded pictures, see ``encoded.EncodedDataset``."""
+
+    buckets: Mapping[tuple[int, int], tuple[int, ...]]
+    held_out: tuple[int, ...]
+    identity: str
+    dropout: float
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@dataclass
+class History:
+    """What a run has measured: (step, value), in the order of the steps."""
+
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out loss, the first of them; None where none was measured."""
+        return min(self.held_out, key=lambda measured: measured[1])[0] if self.held_out else None
+
+
+class Run:
+    """Updates the adapters of a model step by step, and turns into a state and back."""
+
+    def __init__(
+        self,
+        model: VelocityModel,
+        adapters: Adapters,
+        data: Data,
+        settings: TrainSettings,
+        shift: Shift,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.adapters = adapters
+        self.data = data
+        self.settings = settings
+        self.shift = shift
+        self.device = device
+        self.step = 0
+        self.history = History()
+        self.cursor = Cursor(data.buckets, settings.batch, settings.seed)
+        self.optimiser = optimisers.make(settings, adapters.masters)
+        self.average = optimisers.Average(adapters.masters, settings.ema) if settings.ema else None
+        self._accelerator = _accelerator(device)
+
+    @property
+    def weights(self) -> Sequence[torch.Tensor]:
+        """What the run would give as its result now: the average, or the masters."""
+        return self.average.weights if self.average else self.adapters.masters
+
+    def advance(self) -> float:
+        """Do one step, and give its loss.
+
+        Raises:
+            LongCatError: the loss or the gradient is not finite; the adapters are as they were before the step.
+        """
+        place = (self.cursor.epoch, self.cursor.position)
+        try:
+            batches = [self.cursor.take() for _ in range(self.settings.accumulation)]
+            loss = self._gradients(batches)
+            self._check(loss, [index for batch in batches for index in batch])
+        except BaseException:
+            self.adapters.forget_gradients()
+            self.cursor = Cursor(self.data.buckets, self.settings.batch, self.settings.seed, *place)
+            raise
+        self._update()
+        self.history.losses.append((self.step, loss))
+        return loss
+
+    def learning_rate(self) -> float:
+        """Of the last update; Prodigy multiplies it by its own estimate."""
+        group = self.optimiser.param_groups[0]
+        return float(group["lr"]) * float(group.get("d", 1.0))
+
+    def _gradients(self, batches: Sequence[Sequence[int]]) -> float:
+        total = sum(len(batch) for batch in batches)
+        mean, place = 0.0, 0
+        for batch in batches:
+            samples = []
+            for index in batch:
+                example = self.data[index]
+                chance = draw(example.latent.shape, self.settings.seed, self.step + 1, place)
+                samples.append(objective.sample(example, chance, self.shift, self.data.dropout))
+                place += 1
+            with engine.attention(self.device):
+                loss = objective.losses(self.model, samples, self.model.dtype, self.device).sum() / total
+                self._accelerator.backward(loss)
+            self.adapters.collect()
+            mean += loss.item()
+        return mean
+
+    def _check(self, loss: float, indices: Sequence[int]) -> None:
+        norm = optimisers.clip(self.adapters.masters, self.settings.clip)
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        raise LongCatError(
+            f"Step {self.step + 1} gave a loss of {loss} and a gradient of {norm} (pictures {list(indices)}). The "
+            "adapters were left as they were. Lower the learning rate, or look for a broken picture; with fp16 "
+            "weights, choose bf16.",
+            f"第 {self.step + 1} 步的损失为 {loss}、梯度为 {norm}（图片 {list(indices)}）。适配器保持不变。"
+            "请降低学习率，或检查是否有损坏的图片；若权重为 fp16，请选择 bf16。",
+        )
+
+    def _update(self) -> None:
+        self.step += 1
+        optimisers.set_learning_rate(self.optimiser, optimisers.learning_rate(self.settings, self.step))
+        with optimisers.without_compiling(self.settings):
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.adapters.publish()
+        if self.average:
+            self.average.update(self.adapters.masters, self.step)
+
+    def state(self, identity: Mapping[str, Any]) -> State:
+        """The run as it is now; ``identity`` says what it was begun with."""
+        tensors, numbers = optimisers.exported(self.optimiser)
+        parts = {"adapters": self._named(self.adapters.masters), "optimiser": tensors}
+        if self.average:
+            parts["ema"] = self._named(self.average.weights)
+        values = {
+            **identity,
+            "alpha": self.adapters.alpha,
+            "optimiser": numbers,
+            "cursor": {"epoch": self.cursor.epoch, "position": self.cursor.position},
+            "losses": self.history.losses,
+            "held_out": self.history.held_out,
+        }
+        return State(self.step, {name: part for name, part in parts.items() if part}, values)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Become what :meth:`state` gave; the run was made with the same settings."""
+        with optimisers.without_compiling(self.settings):
+            optimisers.restore(self.optimiser, state.tensors.get("optimiser", {}), state.values["optimiser"])
+        for name, master in self._named(self.adapters.masters).items():
+            master.copy_(state.tensors["adapters"][name])
+        if self.average:
+            for name, weight in self._named(self.average.weights).items():
+                weight.copy_(state.tensors["ema"][name])
+        self.adapters.publish()
+        self.step = state.step
+        self.cursor = Cursor(self.data.buckets, self.settings.batch, self.settings.seed, **state.values["cursor"])
+        self.history = History(
+            [(step, loss) for step, loss in state.values["losses"]],
+            [(step, loss) for step, loss in state.values["held_out"]],
+        )
+
+    def _named(self, weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        keys = [f"{name}.{part}" for name in self.adapters.names for part in ("lora_A.weight", "lora_B.weight")]
+        return {key: weight.detach() for key, weight in zip(keys, weights, strict=True)}
+
+
+def _accelerator(device: torch.device) -> Accelerator:
+    """Of which a process has one set of settings; mixed precision is not among what is used of it."""
+    try:
+        return Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    except ValueError as error:
+        raise LongCatError(
+            f"Another program in this process uses accelerate with other settings ({error}). Restart ComfyUI and "
+            "train before that program runs.",
+            f"此进程中的另一程序以不同设置使用 accelerate（{error}）。请重启 ComfyUI，并在该程序运行之前训练。",
+        ) from error

@@ -1,0 +1,214 @@
+"""Where training pictures come from: a folder on this machine, and what lies in it.
+
+A graph can come from anywhere, so folders are read only below ComfyUI's input folder and the roots that the machine's
+owner listed; a link that leads out of them is not followed.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeAlias
+
+import torch
+
+from ..errors import LongCatError
+from . import captions
+from .captions import Row
+from .pictures import SUFFIXES
+from .problems import Problem, UnusablePicture
+
+MASKS = "masks"
+REFERENCES = "references"
+MOST_FILES = 100_000
+
+Content: TypeAlias = Path | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture with its caption, before it was opened: files, or pixels (height, width, 3) in 0..1."""
+
+    name: str
+    picture: Content
+    caption: str
+    reference: Content | None = None
+    mask: Content | None = None
+
+
+def resolve_folder(name: str, roots: Sequence[Path]) -> Path:
+    """The folder that a name from a graph stands for: below a root, or an absolute path below one.
+
+    Raises:
+        LongCatError: it is not there, or not below a root; both in the same words, so that nothing is told about
+            folders elsewhere.
+    """
+    text = name.strip()
+    for root in (*roots, *(root.resolve() for root in roots)):
+        place = Path(os.path.normpath(root / text)) if text and "\0" not in text else None
+        # The path is looked at before the disk is: to resolve a network path would already be to reach for it.
+        below = place is not None and place.is_relative_to(os.path.normpath(root))
+        if place is not None and below and inside(place, roots) and place.is_dir():
+            return place.resolve()
+    places = ", ".join(map(str, roots))
+    raise LongCatError(
+        f"There is no folder '{name}' below the folders that may be read: {places}. Put the pictures into a folder in "
+        "ComfyUI's input folder and write its name, or have the machine's owner list another place in the environment "
+        "variable LONGCAT_DATASET_ROOTS.",
+        f"在允许读取的位置（{places}）下没有文件夹“{name}”。请把图像放入 ComfyUI 的 input 文件夹下的"
+        "一个文件夹并填写其名称，"
+        "或由机器所有者在环境变量 LONGCAT_DATASET_ROOTS 中列出其他位置。",
+    )
+
+
+def inside(path: Path, roots: Sequence[Path]) -> bool:
+    """Whether a path, with all links followed, lies below a root."""
+    try:
+        real = path.resolve()
+        return any(real.is_relative_to(root.resolve()) for root in roots)
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+
+
+def scan(
+    folder: Path, roots: Sequence[Path], reference_folder: Path | None = None
+) -> tuple[list[Source], list[Problem]]:
+    """The pictures of a folder and the folders in it, with captions, references and masks.
+
+    A line of the folder's table counts before the files beside a picture. References and masks are in folders called
+    ``references`` and ``masks`` in it, under the same names as the pictures, whatever their endings.
+
+    Raises:
+        LongCatError: there are no pictures, too many files, or a table that cannot be read.
+    """
+    files = _files(folder)
+    companions = _Companions(folder, files, reference_folder)
+    table = captions.find_table(folder)
+    rows, problems = captions.read_table(table) if table else ([], [])
+    reader = _Reader(folder, roots, companions)
+    for row in rows:
+        reader.add_row(row, table.name if table else "")
+    named = reader.named
+    for path in files:
+        if path.suffix.lower() in SUFFIXES and not companions.owns(path) and path not in named:
+            reader.add_file(path)
+    if not reader.sources and not reader.problems and not problems:
+        raise _no_pictures(folder)
+    return reader.sources, problems + reader.problems
+
+
+def fingerprint(folders: Sequence[Path]) -> str:
+    """A hash that changes when a file below some folders does: its name, size or time of change."""
+    lines = []
+    for folder in folders:
+        for path in _files(folder):
+            facts = path.lstat()
+            lines.append(f"{path}:{facts.st_size}:{facts.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class _Companions:
+    """Pictures of the same names in the folders for references and masks."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], reference_folder: Path | None) -> None:
+        self._folders: tuple[Path, ...] = (folder / REFERENCES, folder / MASKS)
+        references = reference_folder or self._folders[0]
+        outside = _files(reference_folder) if reference_folder else files
+        self.references = _by_name(references, outside)
+        self.masks = _by_name(self._folders[1], files)
+        if reference_folder and reference_folder.is_relative_to(folder):
+            self._folders = (*self._folders, reference_folder)
+
+    def owns(self, path: Path) -> bool:
+        """Whether a file is a reference or a mask itself."""
+        return any(path.is_relative_to(place) for place in self._folders)
+
+
+class _Reader:
+    """Collects sources and what was wrong on the way."""
+
+    def __init__(self, folder: Path, roots: Sequence[Path], companions: _Companions) -> None:
+        self._folder = folder
+        self._roots = roots
+        self._companions = companions
+        self.sources: list[Source] = []
+        self.problems: list[Problem] = []
+        self.named: set[Path] = set()
+
+    def add_row(self, row: Row, table: str) -> None:
+        """A line of the table."""
+        places = [Path(os.path.normpath(self._folder / name)) for name in (row.file, row.reference, row.mask) if name]
+        self.named.update(places)
+        for path in places:
+            if not inside(path, self._roots):
+                self.problems.append(Problem(f"{table}:{row.line}", "outside", path.name))
+                return
+            if not path.is_file():
+                self.problems.append(Problem(f"{table}:{row.line}", "no file", path.name))
+                return
+        others = iter(places[1:])
+        self._add(places[0], row.caption, next(others) if row.reference else None, next(others) if row.mask else None)
+
+    def add_file(self, path: Path) -> None:
+        """A picture that no table names."""
+        if inside(path, self._roots):
+            self._add(path, "", None, None)
+        else:
+            self.problems.append(Problem(self._name(path), "outside"))
+
+    def _add(self, path: Path, caption: str, reference: Path | None, mask: Path | None) -> None:
+        name, key = self._name(path), _key(self._folder, path)
+        reference = reference or self._companions.references.get(key)
+        mask = mask or self._companions.masks.get(key)
+        try:
+            text = caption or captions.beside(path)
+        except UnusablePicture as error:
+            self.problems.append(Problem(name, error.kind, error.detail))
+            return
+        if all(companion is None or inside(companion, self._roots) for companion in (reference, mask)):
+            self.sources.append(Source(name, path, text, reference, mask))
+        else:
+            self.problems.append(Problem(name, "outside"))
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix() if path.is_relative_to(self._folder) else path.name
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every visible file below a folder, sorted; links to folders are not followed.
+
+    Raises:
+        LongCatError: there are too many.
+    """
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+        if len(found) > MOST_FILES:
+            raise LongCatError(
+                f"'{folder.name}' holds more than {MOST_FILES:,} files. Choose the folder with the pictures "
+                "themselves, or split it.",
+                f"“{folder.name}”中的文件超过 {MOST_FILES:,} 个。请直接选择存放图像的文件夹，或将其拆分。",
+            )
+    return found
+
+
+def _by_name(folder: Path, files: Sequence[Path]) -> dict[PurePosixPath, Path]:
+    pictures = [path for path in files if path.suffix.lower() in SUFFIXES and path.is_relative_to(folder)]
+    return {_key(folder, path): path for path in reversed(pictures)}
+
+
+def _key(folder: Path, path: Path) -> PurePosixPath:
+    """What pictures of the same name have in common: the place in their folder, without the ending."""
+    relative = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
+    return PurePosixPath(relative.with_suffix("").as_posix())
+
+
+def _no_pictures(folder: Path) -> LongCatError:
+    endings = ", ".join(sorted(SUFFIXES))
+    return LongCatError(
+        f"There is no picture in '{folder.name}'. Expected files ending in {endings}, with their captions in .txt "
+        "files of the same names.",
+        f"“{folder.name}”中没有图像。应为以 {endings} 结尾的文件，描述写在同名的 .txt 文件中。",
+    )

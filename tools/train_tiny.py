@@ -2,8 +2,8 @@
 
 `train` does on one GPU whatever its work folder still lacks: the VAE first, then the DiT with the text encoder.
 It stops after `--stop-after` seconds and picks up where it stopped when it is run again. `export` writes the official
-folder layout. `check` lets diffusers' own pipeline draw the held-out prompts and scores them. Run it from the
-repository root.
+folder layout. `check` lets diffusers' own pipeline draw the held-out prompts and scores them. `edit` trains
+LongCat-Tiny-Edit from LongCat-Tiny, and `turbo` its variant of 8 steps. Run it from the repository root.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from tools.tiny.check import check_folder, write_sheet
 from tools.tiny.checkpoint import build_pipeline, save_pipeline
+from tools.tiny.edit_run import COMMANDS as EDIT_COMMANDS
+from tools.tiny.edit_run import add_commands as add_edit_commands
+from tools.tiny.edit_run import run as run_edit
 from tools.tiny.flow import FlowSettings, FlowTrainer, Phase, prepare_examples
 from tools.tiny.pictures import VaePictures, free_masks, placement_masks
 from tools.tiny.vae import VaeSettings, measure, train_vae
@@ -160,6 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     judge.add_argument("--per-language", type=int, default=100)
     judge.add_argument("--stock-positions", action="store_true", help="leave the text positions to transformers")
     judge.add_argument("--pictures", type=Path, default=None, help="write the drawn pictures as one PNG")
+    add_edit_commands(commands)
     return parser.parse_args()
 
 
@@ -170,6 +174,8 @@ def main() -> None:
         train(args)
     elif args.command == "export":
         export(args)
+    elif args.command in EDIT_COMMANDS:
+        run_edit(args)
     else:
         check_folder(args.folder, args.per_language, args.stock_positions, args.pictures)
 

@@ -51,7 +51,7 @@ _SINGLE_BLOCK = {
     "norm.key_norm": ("attn.norm_k",),
     "modulation.lin": ("norm.linear",),
 }
-_OUTSIDE = {
+OUTSIDE = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
     "time_in.in_layer": ("time_embed.timestep_embedder.linear_1",),
@@ -59,8 +59,8 @@ _OUTSIDE = {
     "final_layer.linear": ("proj_out",),
 }
 # The official layer gives scale and shift, ComfyUI's shift and scale.
-_SWAPPED = ("final_layer.adaLN_modulation.1", "norm_out.linear")
-_BLOCKS = (
+SWAPPED = ("final_layer.adaLN_modulation.1", "norm_out.linear")
+BLOCKS = (
     ("double_blocks", "transformer_blocks", _DOUBLE_BLOCK),
     ("single_blocks", "single_transformer_blocks", _SINGLE_BLOCK),
 )
@@ -136,7 +136,7 @@ def plan_core(shapes: Mapping[str, torch.Size]) -> Plan:
             if all(source in shapes for source in sources):
                 plan[f"{core}.{end}"] = tuple(Rows(source) for source in sources)
                 used.update(sources)
-    core, official = _SWAPPED
+    core, official = SWAPPED
     for source, target in ((f"{official}.{end}", f"{core}.{end}") for end in _ENDS):
         if source in shapes:
             plan[target] = _swapped(source, shapes[source])
@@ -158,7 +158,7 @@ def plan_official(shapes: Mapping[str, torch.Size]) -> Plan:
                     zip((f"{name}.{end}" for name in officials), _pieces(source, hidden, len(officials)), strict=True)
                 )
                 used.add(source)
-    core, official = _SWAPPED
+    core, official = SWAPPED
     for source, target in ((f"{core}.{end}", f"{official}.{end}") for end in _ENDS):
         if source in shapes:
             plan[target] = _swapped(source, shapes[source])
@@ -221,8 +221,8 @@ def vae_shapes_to_official(shapes: Mapping[str, torch.Size]) -> dict[str, torch.
 def _layers(keys: Iterable[str], side: int) -> dict[str, tuple[str, ...]]:
     """Layers of ComfyUI's class to official layers, for the blocks that the keys of one side name."""
     keys = list(keys)
-    layers: dict[str, tuple[str, ...]] = dict(_OUTSIDE)
-    for *stems, block in _BLOCKS:
+    layers: dict[str, tuple[str, ...]] = dict(OUTSIDE)
+    for *stems, block in BLOCKS:
         pattern = re.compile(rf"{stems[side]}\.(\d+)\.")
         indices = {match[1] for match in map(pattern.match, keys) if match}
         for index in sorted(indices, key=int):

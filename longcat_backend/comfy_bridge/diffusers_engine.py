@@ -20,7 +20,7 @@ from ..memory import GroupOffload
 from ..modulation import ModulationTable, is_modulation
 from ..precision import Preset
 from ..transformer import VelocityModel, load_transformer
-from . import formats, host, patchers
+from . import core_engine, formats, host, patchers
 from .castable import TabulatedLinear, castable, replace_linears
 
 
@@ -90,10 +90,9 @@ def load(
         LongCatError: see :func:`transformer.audited_weights`, :func:`quantisation.quantise` and
             :meth:`memory.GroupOffload.apply`.
     """
-    channels = checkpoint.configs["transformer"]["in_channels"] // 4
-    config = comfy.supported_models.LongCatImage(
-        {"disable_unet_model_creation": True, "in_channels": channels, "out_channels": channels}
-    )
+    # ComfyUI takes latent channels from it, and its LoRA loaders the number and size of the blocks.
+    outline = core_engine.class_config(checkpoint.configs["transformer"])
+    config = comfy.supported_models.LongCatImage({"disable_unet_model_creation": True, **outline})
     config.set_inference_dtype(dtype, None)
     formats.configure(config, checkpoint)
     model = comfy.model_base.LongCatImage(config)

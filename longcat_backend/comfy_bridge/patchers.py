@@ -1,5 +1,6 @@
 """ComfyUI's memory managers for models that are not wholly made of ComfyUI's layers."""
 
+import uuid
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from ..errors import LongCatError
 from ..modulation import ModulationTable
 from ..quantisation import stored_bytes
+from . import patch_keys, side_branches
 from .castable import TabulatedLinear
 
 _TABLE = "longcat_modulation"
@@ -93,6 +95,18 @@ def _castable_class(base: Any) -> Any:
             _sync_table(self.model, self.patches_uuid)
             return result
 
+        def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
+            """As in the base class, but patches for a transformer's layers arrive, or it says why they do not."""
+            if patch_keys.is_transformer(self.model):
+                patches = patch_keys.translated(self.model, patches)
+            return super().add_patches(patches, strength_patch, strength_model)
+
+        def add_hook_patches(self, hook: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:
+            """As :meth:`add_patches`, for patches that come and go while it samples."""
+            if patch_keys.is_transformer(self.model):
+                patches = patch_keys.translated(self.model, patches)
+            return super().add_hook_patches(hook, patches, *args, **kwargs)
+
         def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
             """As in the base class; the rows go with the weights, as both take memory of the device."""
             if unpatch_weights:
@@ -111,7 +125,13 @@ def _castable_class(base: Any) -> Any:
 @lru_cache
 def _whole_class() -> Any:
     class WholePatcher(_castable_class(comfy.model_patcher.ModelPatcher)):  # type: ignore[misc]
-        """All or nothing; its weights cannot be patched."""
+        """All or nothing; its weights stay as they are, and LoRAs run beside them."""
+
+        def partially_load(self, device_to: Any, *args: Any, **kwargs: Any) -> Any:
+            """As in the base class, which would move all weights to and fro where another clone was loaded."""
+            if self.model.model_loaded_weight_memory and self.model.current_weight_patches_uuid != self.patches_uuid:
+                _note_loaded(self, device_to)
+            return super().partially_load(device_to, *args, **kwargs)
 
         def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> None:
             """Copy all weights to the device; the originals wait where they are, so unloading copies nothing."""
@@ -122,18 +142,29 @@ def _whole_class() -> Any:
         def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
             """Put the originals back; there is nothing left for the base class to move."""
             if unpatch_weights:
+                side_branches.remove(self.model)
                 _take_home(self.model)
             super().unpatch_model(None, unpatch_weights)
 
-        def add_patches(self, patches: Any, *args: Any, **kwargs: Any) -> Any:
-            """Refuse: a patch on weights of this kind would change nothing, and say nothing."""
-            if patches:
-                raise LongCatError(
-                    "A LoRA cannot be applied to the weights of this precision. Choose bf16, or fp8 or int8 of the "
-                    "core engine, in LongCatLoader.",
-                    "该精度的权重无法应用 LoRA。请在 LongCatLoader 中选择 bf16，或 core 引擎的 fp8、int8。",
-                )
-            return super().add_patches(patches, *args, **kwargs)
+        def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
+            """Note LoRAs for the side branches; refuse what would change nothing, and say nothing."""
+            if not patch_keys.is_transformer(self.model):
+                _refuse_patches(self.model, patches)
+                return super().add_patches(patches, strength_patch, strength_model)
+            patches = patch_keys.translated(self.model, patches)
+            own = {key: patch for key, patch in patches.items() if patch_keys.names_layer(self.model, key)}
+            linear = {place.key for place in patch_keys.places(self.model).values()}
+            for key, patch in own.items():
+                side_branches.require_possible(key, patch, strength_model, key in linear)
+            for key, patch in own.items():
+                self.patches.setdefault(key, []).append((strength_patch, patch, strength_model, None, None))
+            self.patches_uuid = uuid.uuid4()
+            return list(own)
+
+        def add_hook_patches(self, hook: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:
+            """Refuse: side branches stay the same while it samples."""
+            _refuse_patches(self.model, patches)
+            return super().add_hook_patches(hook, patches, *args, **kwargs)
 
     return WholePatcher
 
@@ -154,7 +185,25 @@ def _note_loaded(patcher: Any, device: Any) -> None:
     patcher.model.device = device
     patcher.model.model_loaded_weight_memory = patcher.model_size()
     patcher.model.current_weight_patches_uuid = patcher.patches_uuid
+    if patch_keys.is_transformer(patcher.model):
+        side_branches.install(patcher.model, patcher.patches, device, _compute_dtype(patcher.model))
+        _patch_tabulated(patcher.model, patcher.patches)
     _sync_table(patcher.model, patcher.patches_uuid)
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    dtype: torch.dtype = model.manual_cast_dtype or model.get_dtype()
+    return dtype
+
+
+def _refuse_patches(model: nn.Module, patches: Any) -> None:
+    """Patches on weights of this kind would change nothing, and say nothing."""
+    if any(patch_keys.names_layer(model, key) for key in patches):
+        raise LongCatError(
+            "A LoRA cannot be applied to the weights of this precision. Choose bf16, or fp8 or int8 of the "
+            "core engine, in LongCatLoader.",
+            "该精度的权重无法应用 LoRA。请在 LongCatLoader 中选择 bf16，或 core 引擎的 fp8、int8。",
+        )
 
 
 def _is_away(model: nn.Module) -> bool:

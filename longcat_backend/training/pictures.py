@@ -101,17 +101,14 @@ def read(name: str, source: Path | torch.Tensor) -> tuple[Picture, tuple[str, ..
     """A picture that was seen to be readable, and what was noticed: keys of :data:`problems.KINDS`.
 
     Args:
-        source: a file, or pixels (height, width, 3) in 0..1; (height, width) of a mask.
+        source: a file, or pixels (height, width, 3) in 0..1, with alpha as the fourth channel; (height, width) of
+            a mask.
 
     Raises:
         UnusablePicture: it is unreadable or over a limit.
     """
     if isinstance(source, torch.Tensor):
-        values = source if source.ndim == 3 else source[..., None].expand(-1, -1, 3)
-        pixels = (values[..., :3].float().nan_to_num().clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
-        height, width = pixels.shape[:2]
-        digest = hashlib.sha256(f"{width}x{height}:".encode() + pixels.numpy().tobytes()).hexdigest()
-        return Picture(name, digest, width, height, pixels), ()
+        return _from_pixels(name, source)
     data = _bytes(source)
     image, noticed = decode(data)
     return Picture(name, hashlib.sha256(data).hexdigest(), image.width, image.height, source), noticed
@@ -138,6 +135,22 @@ def decode(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
         raise UnusablePicture("unreadable", "no image 不是图像") from error
     except Exception as error:  # decoders raise whatever they stumble over in a damaged file
         raise UnusablePicture("unreadable", f"{type(error).__name__}: {_one_line(str(error))}") from error
+
+
+def _from_pixels(name: str, pixels: torch.Tensor) -> tuple[Picture, tuple[str, ...]]:
+    values = (pixels if pixels.ndim == 3 else pixels[..., None]).float().nan_to_num().clamp(0, 1).cpu()
+    if not values.numel():
+        raise UnusablePicture("unreadable", f"{tuple(pixels.shape)}")
+    noticed: tuple[str, ...] = ()
+    if values.shape[-1] == 4:
+        alpha = values[..., 3:]
+        noticed = ("transparent",) if bool((alpha < 1).any()) else ()
+        values = values[..., :3] * alpha + (1 - alpha)
+    rgb = values[..., :3] if values.shape[-1] >= 3 else values[..., :1].expand(-1, -1, 3)
+    data = (rgb * 255).round().to(torch.uint8).contiguous()
+    height, width = data.shape[:2]
+    digest = hashlib.sha256(f"{width}x{height}:".encode() + data.numpy().tobytes()).hexdigest()
+    return Picture(name, digest, width, height, data), noticed
 
 
 @functools.cache

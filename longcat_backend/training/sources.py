@@ -98,6 +98,40 @@ def scan(
     return reader.sources, problems + reader.problems
 
 
+def from_batch(
+    images: torch.Tensor,
+    texts: str,
+    references: torch.Tensor | None = None,
+    masks: torch.Tensor | None = None,
+) -> list[Source]:
+    """The pictures of a batch.
+
+    Args:
+        images, references: (pictures, height, width, channels) in 0..1.
+        texts: one caption for each picture, a line each, or one line for all.
+        masks: (pictures or 1, height, width), 1 where the picture is learnt.
+
+    Raises:
+        LongCatError: there are not as many captions, references or masks as pictures.
+    """
+    count = len(images)
+    lines = [line.strip() for line in texts.splitlines() if line.strip()]
+    _check_count("captions", "描述", len(lines), (0, 1, count), count)
+    _check_count("references", "参考图", count if references is None else len(references), (count,), count)
+    _check_count("masks", "遮罩", 1 if masks is None else len(masks), (1, count), count)
+    all_texts = lines * count if len(lines) == 1 else lines or [""] * count
+    return [
+        Source(
+            f"#{index + 1}",
+            images[index],
+            text,
+            None if references is None else references[index],
+            None if masks is None else masks[index if len(masks) == count else 0],
+        )
+        for index, text in enumerate(all_texts)
+    ]
+
+
 def fingerprint(folders: Sequence[Path]) -> str:
     """A hash that changes when a file below some folders does: its name, size or time of change."""
     lines = []
@@ -203,6 +237,16 @@ def _key(folder: Path, path: Path) -> PurePosixPath:
     """What pictures of the same name have in common: the place in their folder, without the ending."""
     relative = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
     return PurePosixPath(relative.with_suffix("").as_posix())
+
+
+def _check_count(en: str, zh: str, found: int, fitting: Sequence[int], pictures: int) -> None:
+    if found not in fitting:
+        raise LongCatError(
+            f"There are {found} {en} for {pictures} pictures. Put as many as there are pictures, in their order, or "
+            "one caption or mask for all.",
+            f"{pictures} 张图像对应 {found} 个{zh}。请提供与图像数量相同的{zh}并按顺序排列；"
+            "描述和遮罩也可以只提供一个。",
+        )
 
 
 def _no_pictures(folder: Path) -> LongCatError:

@@ -36,9 +36,9 @@ class Pairs:
         """
         self._name = name
         self._alphas = alphas
-        self._stored = 0
-        self._configured = 0
-        self._assumed = 0
+        self._stored: set[str] = set()  # names of official layers
+        self._configured: set[str] = set()
+        self._assumed: set[str] = set()
 
     def build(self, tensors: Mapping[str, tuple[Key, torch.Tensor]]) -> tuple[AnyAdapter, ...]:
         """Adapters of official layers, in the order of the file.
@@ -69,15 +69,15 @@ class Pairs:
         """Where the alphas came from, for the report."""
         notes = []
         if self._stored:
-            notes.append(f"alpha: {self._stored} from the file's tensors 来自文件中的张量")
+            notes.append(f"alpha: {len(self._stored)} from the file's tensors 来自文件中的张量")
         if self._configured and self._alphas is not None:
-            notes.append(f"alpha: {self._configured} from {self._alphas.source} 来自 {self._alphas.source}")
+            notes.append(f"alpha: {len(self._configured)} from {self._alphas.source} 来自 {self._alphas.source}")
         if self._assumed:
             notes.append(
-                f"alpha: unknown for {self._assumed}, taken as equal to the rank (scale 1), as ComfyUI and diffusers "
+                f"alpha: unknown for {len(self._assumed)}, taken as equal to the rank (scale 1), as ComfyUI and diffusers "
                 f"do. If the LoRA came from a PEFT folder, put its {CONFIG} beside the file; without it the LoRA may "
                 "be several times too strong. "
-                f"有 {self._assumed} 个未知，按等于秩（缩放 1）处理，与 ComfyUI 和 diffusers 相同。"
+                f"有 {len(self._assumed)} 个未知，按等于秩（缩放 1）处理，与 ComfyUI 和 diffusers 相同。"
                 f"如果该 LoRA 来自 PEFT 文件夹，请把其中的 {CONFIG} 放到文件旁边，否则强度可能偏大数倍。"
             )
         return tuple(notes)
@@ -135,12 +135,12 @@ class Pairs:
             stored = parts.tensors[ALPHA]
             if stored.numel() != 1:
                 raise self._misshapen(parts.keys[ALPHA], str(list(stored.shape)), "one number")
-            self._stored += 1
+            self._stored.add(module)
             return float(stored)
         if self._alphas is not None:
-            self._configured += 1
+            self._configured.add(module)
             return self._alphas.of(module, rank)
-        self._assumed += 1
+        self._assumed.add(module)
         return None
 
     def _matrix(self, parts: _Parts, part: str) -> torch.Tensor:

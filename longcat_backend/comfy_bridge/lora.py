@@ -2,19 +2,56 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.model_patcher
 import comfy.weight_adapter
+import folder_paths
 import torch
 
-from .. import lora
+from .. import lora, lora_alpha, lora_files
 from ..errors import LongCatError
 from ..lora import Adapter, AnyAdapter, Difference, Factored
 from . import formats, patch_keys
 
+FOLDER = "loras"
 _LISTED = 8
 _KEY = "layer"
+
+
+def names() -> list[str]:
+    """The LoRA files that there are, pickles too, so that choosing one says why it is not read."""
+    listed: list[str] = folder_paths.get_filename_list(FOLDER)
+    return listed
+
+
+def fingerprint(name: str) -> str:
+    """Changes when a LoRA file, or the PEFT configuration beside it, does."""
+    path = Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+    places = [place for place in (path, path.parent / lora_alpha.CONFIG) if place.is_file()]
+    return repr([(place.name, place.stat().st_mtime_ns, place.stat().st_size) for place in places])
+
+
+def load(
+    model: comfy.model_patcher.ModelPatcher, name: str, strength: float
+) -> tuple[comfy.model_patcher.ModelPatcher, str]:
+    """A clone of a MODEL with a LoRA file of the loras folder on it, and a report, line by line.
+
+    Raises:
+        LongCatError: see :func:`lora_files.read` and :func:`apply`.
+    """
+    file = lora_files.read(Path(folder_paths.get_full_path_or_raise(FOLDER, name)))
+    patched, applied = apply(model, file.adapters, strength)
+    lines = [f"{name}: {file.dialect}", applied, *file.notes]
+    if file.unmatched:
+        rest = ", …" if len(file.unmatched) > _LISTED else ""
+        listed = ", ".join(file.unmatched[:_LISTED]) + rest
+        lines.append(
+            f"{len(file.unmatched)} keys are for no layer of the model and were left out "
+            f"{len(file.unmatched)} 个键不对应模型的任何层，已略过: {listed}"
+        )
+    return patched, "\n".join(lines)
 
 
 def apply(

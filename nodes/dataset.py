@@ -148,7 +148,9 @@ class LongCatDataset(io.ComfyNode):
         if not isinstance(source, dict):  # ComfyUI leaves out a dynamic input whose value it does not know
             return f"There is no such source. Choose {FOLDER} or {IMAGES}.\n没有这个来源。请选择 {FOLDER} 或 {IMAGES}。"
         try:
-            datasets.check(_settings(source, inputs))
+            folders = (source.get("folder"), source.get("reference_folder") or None)
+            # None comes from another node, and is known only when that has run.
+            datasets.check(_settings(source, inputs), [name for name in folders if name is not None])
         except LongCatError as error:
             return str(error)
         return True
@@ -178,7 +180,9 @@ def _settings(source: dict[str, Any], inputs: dict[str, Any]) -> DatasetSettings
     given = {**source, **inputs}
     names = (each.name for each in fields(DatasetSettings))
     values = {name: given[name] for name in names if given.get(name) is not None}
-    return DatasetSettings.from_json({**values, **({"grid": int(values["grid"])} if "grid" in values else {})})
+    if "grid" in values:
+        values["grid"] = int(values["grid"]) if str(values["grid"]).isdecimal() else 0
+    return DatasetSettings.from_json(values)
 
 
 NODES = [LongCatDataset]

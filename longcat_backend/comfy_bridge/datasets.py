@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ def roots() -> list[Path]:
     return [Path(folder_paths.get_input_directory()), *(Path(place) for place in listed if os.path.isabs(place))]
 
 
-def check(settings: DatasetSettings) -> None:
-    """Refuse settings that cannot work, before the graph runs.
+def check(settings: DatasetSettings, folders: Sequence[str]) -> None:
+    """Refuse settings and folders that cannot work, before the graph runs.
 
     Raises:
         LongCatError: see :meth:`dataset.DatasetSettings.check` and :func:`sources.resolve_folder`.
     """
     settings.check()
-    for name in filter(None, (settings.folder, settings.reference_folder)):
+    for name in folders:
         sources.resolve_folder(name, roots())
 
 

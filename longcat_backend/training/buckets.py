@@ -109,7 +109,7 @@ def _check_sides(part: str, width: int, height: int, grid: int) -> None:
 
 def _unclear(part: str) -> LongCatError:
     return LongCatError(
-        f"'{part}' is no list of resolutions. Write areas such as 1024 (for 1024x1024 pixels in every ratio) or sizes "
+        f"'{part}' is no list of resolutions. Use areas such as 1024 (for 1024x1024 pixels in every ratio) or sizes "
         "such as 1024x1024,1344x768.",
         f"“{part}”不是分辨率列表。请填写面积，如 1024（即各种比例的 1024x1024 像素），或尺寸，如 1024x1024,1344x768。",
     )

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tests.scoring.edits import held_out_tasks, score_edit, summarise_edits
+from tests.scoring.edits import EditTask, held_out_tasks, score_edit, summarise_edits
 from tools.tiny.check import write_sheet
 from tools.tiny.edit_checkpoint import export_edit, load_edit_pipeline
 from tools.tiny.edit_flow import EDIT, TURBO, EditPhase, EditRecipe, EditTrainer, prepare_edit_examples
-from tools.tiny.edit_sampling import draw_edits
-from tools.tiny.sampling import TOKEN_SIDE, shift_mu
+from tools.tiny.edit_sampling import sample_edits
+from tools.tiny.sampling import TOKEN_SIDE, decode, shift_mu
 
 JITTERS = 12
+BATCH = 100  # pictures that are edited at once
 TINY, TINY_EDIT, TINY_TURBO = (
     Path("demo") / name for name in ("LongCat-Tiny", "LongCat-Tiny-Edit", "LongCat-Tiny-Edit-Turbo")
 )
@@ -49,25 +50,37 @@ def train_and_export(
 
 
 def score_folder(
-    folder: Path, steps: int, guidance: float, per_language: int, sheet: Path | None = None
+    folder: Path,
+    tasks: Sequence[EditTask],
+    pictures: Sequence[np.ndarray],
+    steps: int,
+    guidance: float,
+    sheet: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Rates of held-out instructions drawn from a folder: zh, en, both, and both by the attribute asked for.
+    """Rates of a folder on tasks and their pictures: zh, en, both, and both by the attribute asked for.
 
     With `sheet`, writes pictures as one PNG: rows of befores, and under each its after.
     """
     pipeline = load_edit_pipeline(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    tasks = held_out_tasks(per_language, per_language)
-    parts = [
-        draw_edits(pipeline, tasks[i : i + 100], steps=steps, guidance=guidance) for i in range(0, len(tasks), 100)
-    ]
-    pictures = np.concatenate(parts)
-    scores = [score_edit(picture, task.edit) for picture, task in zip(pictures, tasks, strict=True)]
-    groups = {"zh": scores[:per_language], "en": scores[per_language:], "both": scores}
-    for attribute in dict.fromkeys(task.edit.attribute for task in tasks):
-        asked = [score for score, task in zip(scores, tasks, strict=True) if task.edit.attribute == attribute]
-        groups[f"asked: {attribute}"] = asked
+    drawn = []
+    for first in range(0, len(tasks), BATCH):
+        part = slice(first, first + BATCH)
+        texts = [task.instruction for task in tasks[part]]
+        drawn.append(
+            decode(
+                pipeline,
+                sample_edits(pipeline, pictures[part], texts, steps=steps, guidance=guidance, first_seed=first),
+            )
+        )
+    after = np.concatenate(drawn)
+    scores = [score_edit(picture, task.edit) for picture, task in zip(after, tasks, strict=True)]
+    groups: dict[str, list[dict[str, bool]]] = {}
+    for task, score in zip(tasks, scores, strict=True):
+        language = "en" if task.instruction.isascii() else "zh"
+        for name in (language, "both", f"asked: {task.edit.attribute}"):
+            groups.setdefault(name, []).append(score)
     if sheet:
-        write_pairs(np.stack([task.picture() for task in tasks]), pictures, sheet)
+        write_pairs(np.stack(pictures), after, sheet)
     return {name: summarise_edits(group) for name, group in groups.items()}
 
 
@@ -115,5 +128,7 @@ def run(args: argparse.Namespace) -> None:
     train_and_export(trainer, args.start, args.folder, log, args.log_every)
     if args.per_language:
         steps, guidance = SETTINGS[args.command]
-        rates = score_folder(args.folder, steps, guidance, args.per_language, args.pictures)
+        tasks = held_out_tasks(args.per_language, args.per_language)
+        pictures = [task.picture() for task in tasks]
+        rates = score_folder(args.folder, tasks, pictures, steps, guidance, args.pictures)
         print_rates(f"{args.folder.name}, {steps} steps, guidance {guidance}", rates, log)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from diffusers import LongCatImageEditPipeline
 
-from tests.scoring.edits import EditTask
 from tools.tiny.conditioning import TEXT_SLOTS
 from tools.tiny.edit_conditioning import (
     PictureEncoder,
@@ -17,7 +16,7 @@ from tools.tiny.edit_conditioning import (
     picture_patches,
     tokenize_instructions,
 )
-from tools.tiny.sampling import LATENT_SIDE, TOKEN_SIDE, decode, pack, shift_mu
+from tools.tiny.sampling import LATENT_SIDE, TOKEN_SIDE, pack, shift_mu
 from tools.tiny.vae import encode_means
 
 
@@ -38,28 +37,27 @@ def reference_tokens(pipeline: LongCatImageEditPipeline, pictures: torch.Tensor)
 @torch.no_grad()
 def sample_edits(
     pipeline: LongCatImageEditPipeline,
-    tasks: Sequence[EditTask],
+    pictures: Sequence[np.ndarray],
+    instructions: Sequence[str],
     *,
     steps: int = 20,
     guidance: float = 4.5,
-    slots: int = TEXT_SLOTS,
+    first_seed: int = 0,
 ) -> torch.Tensor:
-    """Packed, scaled latents (N, 64, 64) of the edited pictures; the seed of each is its index.
+    """Packed, scaled latents (N, 64, 64) of pictures uint8 (128, 128, 3), edited; the seeds count up from the first.
 
     Guidance is the pipeline's: no renorm, and one forward a step where it is 1 or less.
     """
-    device, count = pipeline.transformer.device, len(tasks)
-    pictures = [task.picture() for task in tasks]
+    device, count, texts = pipeline.transformer.device, len(pictures), list(instructions)
     reference = reference_tokens(pipeline, torch.from_numpy(np.stack(pictures)))
     seen = PictureEncoder(pipeline)(picture_patches(pipeline.image_processor_vl, pictures).to(device))
-    texts = [task.instruction for task in tasks]
     if guidance > 1:
         texts, seen, reference = [*texts, *[""] * count], seen.repeat(2, 1, 1), reference.repeat(2, 1, 1)
     rows = tokenize_instructions(pipeline, texts).to(device)
-    text = encode_instructions(pipeline.text_encoder, rows, seen, slots)
-    txt_ids, img_ids = edit_position_ids(slots, TOKEN_SIDE, device)
+    text = encode_instructions(pipeline.text_encoder, rows, seen, TEXT_SLOTS)
+    txt_ids, img_ids = edit_position_ids(TEXT_SLOTS, TOKEN_SIDE, device)
     shape = (1, 16, LATENT_SIDE, LATENT_SIDE)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(first_seed + i)) for i in range(count)]
     latents = pack(torch.cat(noise).to(device))
     sigmas = edit_sigmas(pipeline, steps)
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):
@@ -73,10 +71,3 @@ def sample_edits(
             velocity = uncond + guidance * (cond - uncond)
         latents = latents + (following - sigma) * velocity
     return latents
-
-
-def draw_edits(
-    pipeline: LongCatImageEditPipeline, tasks: Sequence[EditTask], *, steps: int, guidance: float
-) -> np.ndarray:
-    """Edited pictures (N, 128, 128, 3) uint8, as `sample_edits` makes them."""
-    return decode(pipeline, sample_edits(pipeline, tasks, steps=steps, guidance=guidance))

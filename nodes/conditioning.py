@@ -8,6 +8,17 @@ from ..longcat_backend.comfy_bridge import clip as clip_bridge
 from .loading import CATEGORY
 
 
+def normalise_quotes_input() -> io.Boolean.Input:
+    """The switch for quotes of another kind than the model knows, for every node that encodes a prompt."""
+    return io.Boolean.Input(
+        "normalise_quotes",
+        default=False,
+        optional=True,
+        tooltip="Encode text in 「…」『…』《…》〈…〉«…» as if it were in “…”, which is what the model was trained on. "
+        "The report shows the prompt that was encoded.",
+    )
+
+
 class LongCatTextEncode(io.ComfyNode):
     """Prompt to CONDITIONING, and a report of what was encoded."""
 
@@ -30,13 +41,7 @@ class LongCatTextEncode(io.ComfyNode):
                     tooltip="What to draw, in Chinese or English, up to 512 tokens. Text in '…', \"…\", ‘…’ or “…” is "
                     "encoded character by character so that the model can draw it. Empty is allowed.",
                 ),
-                io.Boolean.Input(
-                    "normalise_quotes",
-                    default=False,
-                    optional=True,
-                    tooltip="Encode text in 「…」『…』《…》〈…〉«…» as if it were in “…”, which is what the model was "
-                    "trained on. The report shows the prompt that was encoded.",
-                ),
+                normalise_quotes_input(),
             ],
             outputs=[
                 io.Conditioning.Output(tooltip="The encoded prompt."),

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..longcat_backend.comfy_bridge import editing as editing_bridge
 from ..longcat_backend.errors import LongCatError
+from .conditioning import normalise_quotes_input
 from .latents import CUSTOM, check_sides, side_input
 from .loading import CATEGORY
 
@@ -23,8 +24,7 @@ class LongCatEditEncode(io.ComfyNode):
             display_name="LongCat Edit Encode",
             category=CATEGORY,
             description="Prepares the edit of a picture as LongCat-Image-Edit was trained: one size for canvas and "
-            "reference, the picture in the prompt and in the negative prompt, and its latents beside the canvas. "
-            "Sample it with renorm off.",
+            "reference, the picture in the prompt and in the negative prompt, and its latents beside the canvas.",
             search_aliases=["longcat edit", "image edit", "instruction", "编辑", "改图"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of LongCatLoader, from a LongCat-Image-Edit checkpoint."),
@@ -57,6 +57,7 @@ class LongCatEditEncode(io.ComfyNode):
                     tooltip="Size of canvas and reference. 1 megapixel: the official one, with the picture's ratio, "
                     "rounded up to multiples of 16. custom: your own, to which the picture is stretched.",
                 ),
+                normalise_quotes_input(),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The instruction with the picture."),
@@ -64,6 +65,11 @@ class LongCatEditEncode(io.ComfyNode):
                 io.Latent.Output(
                     tooltip="The canvas: the picture's own latents, which denoise 1 overwrites wholly and a noise mask "
                     "keeps outside."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Size, token count, quoted text, warnings, and what was cut off.",
                 ),
             ],
         )
@@ -82,11 +88,19 @@ class LongCatEditEncode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip: Any, vae: Any, image: Any, prompt: str, negative_prompt: str, size: dict[str, Any]
+        cls,
+        clip: Any,
+        vae: Any,
+        image: Any,
+        prompt: str,
+        negative_prompt: str,
+        size: dict[str, Any],
+        normalise_quotes: bool = False,
     ) -> io.NodeOutput:
         """Encode picture and prompts."""
         sides = (size["width"], size["height"]) if size["size"] == CUSTOM else None
-        return io.NodeOutput(*editing_bridge.encode(clip, vae, image, prompt, negative_prompt, sides))
+        encoded = editing_bridge.encode_and_report(clip, vae, image, prompt, negative_prompt, sides, normalise_quotes)
+        return io.NodeOutput(*encoded)
 
 
 NODES = [LongCatEditEncode]

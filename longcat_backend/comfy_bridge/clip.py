@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
@@ -57,7 +58,7 @@ class Tokenizer:
                 "This node's way to encode a picture is not LongCat's. Use LongCatEditEncode in its place.",
                 "该节点编码图像的方式与 LongCat 不同。请改用 LongCatEditEncode。",
             )
-        return {_KEY: [[(token, 1.0) for token in self.inspect(text).ids]]}
+        return {_KEY: [_weighted(self.inspect(text).ids)]}
 
     def decode(self, ids: Any, **kwargs: Any) -> str:
         """Text of token ids."""
@@ -103,7 +104,11 @@ class EncoderModel(nn.Module):
 
 def edit_tokens(ids: Sequence[int], pictures: Sequence[EditInput]) -> dict[str, Any]:
     """Tokens of one instruction for each of some pictures, for :meth:`comfy.sd.CLIP.encode_from_tokens_scheduled`."""
-    return {_KEY: [[(token, 1.0) for token in ids] for _ in pictures], _PICTURES: list(pictures)}
+    return {_KEY: [_weighted(ids) for _ in pictures], _PICTURES: list(pictures)}
+
+
+def _weighted(ids: Sequence[int]) -> list[tuple[int, float]]:
+    return [(token, 1.0) for token in ids]
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype, preset: Preset, keep_stored: bool = False) -> comfy.sd.CLIP:
@@ -163,18 +168,33 @@ def encode(clip: comfy.sd.CLIP | None, prompt: str, normalise_quotes: bool = Fal
         LongCatError: see :func:`require_longcat`.
     """
     clip = require_longcat(clip, "LongCatTextEncode")
-    warn_other_flavour(clip, "LongCatTextEncode", edits=False)
+    warn_other_flavour(clip.patcher, "LongCatTextEncode", edits=False)
+    tokens, report = inspect(clip.tokenizer, "LongCatTextEncode", prompt, normalise_quotes)
+    conditioning: list[Any] = clip.encode_from_tokens_scheduled({_KEY: [_weighted(tokens.ids)]})
+    return conditioning, report
+
+
+def inspect(
+    tokenizer: Tokenizer, node: str, prompt: str, normalise_quotes: bool = False
+) -> tuple[prompts.PromptTokens, str]:
+    """Tokens of a prompt and the report of what was encoded; what needs care is logged too.
+
+    Args:
+        normalise_quotes: take the prompt with all quotes of the kind that the model was trained on.
+
+    Raises:
+        LongCatError: see :func:`text_encoder.check_characters`.
+    """
     care = prompt_care.inspect(prompt)
     notes = []
     if normalise_quotes and care.foreign:
         prompt = care.normalised
         notes.append(f"quotes normalised, encoded prompt 引号已替换，实际编码的提示词: {prompt}")
         care = prompt_care.inspect(prompt)
-    tokens = clip.tokenizer.inspect(prompt)
+    tokens = tokenizer.inspect(prompt)
     for warning in [*care.warnings(), *([tokens.cut_report()] if tokens.cut else [])]:
-        logger.warning("LongCatTextEncode: %s", warning)
-    conditioning: list[Any] = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    return conditioning, tokens.report([*notes, *care.warnings()])
+        logger.warning("%s: %s", node, warning)
+    return tokens, tokens.report([*notes, *care.warnings()])
 
 
 def require_longcat(clip: comfy.sd.CLIP | None, node: str) -> comfy.sd.CLIP:
@@ -194,9 +214,9 @@ def require_longcat(clip: comfy.sd.CLIP | None, node: str) -> comfy.sd.CLIP:
     )
 
 
-def warn_other_flavour(clip: comfy.sd.CLIP, node: str, edits: bool) -> None:
-    """Log a warning if the CLIP's checkpoint is for the other task: editing, or text to image."""
-    checkpoint = formats.source(clip.patcher)
+def warn_other_flavour(patcher: comfy.model_patcher.ModelPatcher, node: str, edits: bool) -> None:
+    """Log a warning if the checkpoint of a MODEL or CLIP is for the other task: editing, or text to image."""
+    checkpoint = formats.source(patcher)
     if checkpoint is not None and checkpoint.flavour.edits != edits:
         en, zh = _OTHER_FLAVOUR[edits]
         key = checkpoint.flavour.key

@@ -1,7 +1,6 @@
 """A picture and an instruction to CONDITIONING and LATENT, as the official edit pipeline prepares them."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -20,8 +19,6 @@ from . import formats, patchers
 from .castable import castable, replace_linears
 
 NODE = "LongCatEditEncode"
-
-logger = logging.getLogger(__name__)
 
 
 class Vision:
@@ -47,30 +44,73 @@ def encode(
     negative_prompt: str,
     size: tuple[int, int] | None = None,
 ) -> tuple[list[Any], list[Any], dict[str, Any]]:
-    """CONDITIONING of prompt and negative prompt, both with the picture, and the picture as the LATENT to edit.
+    """As :func:`encode_and_report`, without the report."""
+    return encode_and_report(clip, vae, image, prompt, negative_prompt, size)[:3]
+
+
+def encode_and_report(
+    clip: comfy.sd.CLIP | None,
+    vae: comfy.sd.VAE | None,
+    image: Any,
+    prompt: str,
+    negative_prompt: str,
+    size: tuple[int, int] | None = None,
+    normalise_quotes: bool = False,
+) -> tuple[list[Any], list[Any], dict[str, Any], str]:
+    """CONDITIONING of prompt and negative prompt, both with the picture, the picture as the LATENT to edit, a report.
 
     Args:
         image: IMAGE (batch, height, width, 3) in 0..1; each picture is edited by itself.
         size: width and height of canvas and reference; the official size for the picture's ratio if None.
+        normalise_quotes: encode both prompts with all quotes of the kind that the model was trained on.
 
     Raises:
         LongCatError: CLIP or VAE are not LongCat's, the IMAGE is none or several, a size is off the grid, a prompt
             holds the picture's token, or the checkpoint has no vision tower.
     """
     clip = clip_bridge.require_longcat(clip, NODE)
-    vae = _require_vae(vae)
+    vae = require_vae(vae, NODE)
     originals = _pictures(image)
     width, height = size or editing.canvas_size(*originals[0].size)
     latents.check_size(width, height)
-    clip_bridge.warn_other_flavour(clip, NODE, edits=True)
+    clip_bridge.warn_other_flavour(clip.patcher, NODE, edits=True)
     canvases = [editing.resized(picture, width, height) for picture in originals]
     inputs = _vision(clip).inputs(
         [editing.resized(canvas, width // 2, height // 2) for canvas in canvases], clip.tokenizer.tokenizer
     )
     samples = vae.encode(torch.stack([_pixels(canvas) for canvas in canvases]))
     reference = {"reference_latents": [samples], "reference_latents_method": "index"}
-    positive, negative = (_conditioning(clip, text, inputs, reference) for text in (prompt, negative_prompt))
-    return positive, negative, {"samples": samples}
+    (positive, report), (negative, other) = (
+        _conditioning(clip, text, inputs, reference, normalise_quotes) for text in (prompt, negative_prompt)
+    )
+    if negative_prompt:
+        report = f"{report}\n\nnegative prompt 负面提示词\n{other}"
+    return positive, negative, {"samples": samples}, f"size 尺寸: {width}x{height}\n{report}"
+
+
+def has_reference(conds: Iterable[Mapping[str, Any]] | None) -> bool:
+    """Whether conditionings hold a picture to edit.
+
+    Args:
+        conds: their values, those of a CONDITIONING or those that a sampler hands to guidance.
+    """
+    return any(values.get("reference_latents") for values in conds or ())
+
+
+def embed(clip: comfy.sd.CLIP, canvas: Image.Image, prompt: str) -> torch.Tensor:
+    """Embeddings (length, hidden size) of an instruction and the picture that it edits, as :func:`encode` makes them.
+
+    Args:
+        canvas: the picture, in the size of the canvas already.
+
+    Raises:
+        LongCatError: as for :func:`encode`.
+    """
+    small = editing.resized(canvas, canvas.width // 2, canvas.height // 2)
+    inputs = _vision(clip).inputs([small], clip.tokenizer.tokenizer)
+    conditioning, _ = _conditioning(clip, prompt, inputs, {})
+    embeddings: torch.Tensor = conditioning[0][0]
+    return embeddings[0]
 
 
 def require_one_reference(*conditionings: Any) -> None:
@@ -86,6 +126,27 @@ def require_one_reference(*conditionings: Any) -> None:
         raise several_references(most)
 
 
+def require_vae(vae: comfy.sd.VAE | None, node: str) -> comfy.sd.VAE:
+    """The VAE, if it makes LongCat's latents.
+
+    Args:
+        node: the one that asks, for the message.
+
+    Raises:
+        LongCatError: it is of another model.
+    """
+    fits = vae is not None and vae.latent_dim == 2 and vae.latent_channels == latents.CHANNELS
+    if vae is None or not fits or vae.spacial_compression_encode() != latents.PIXELS_PER_LATENT:
+        found = "nothing" if vae is None else f"one with {vae.latent_channels} channels in {vae.latent_dim} dimensions"
+        raise LongCatError(
+            f"{node} needs the VAE of LongCatLoader ({latents.CHANNELS} channels, {latents.PIXELS_PER_LATENT} pixels "
+            f"per latent), but got {found}. Connect LongCatLoader, or VAELoader with FLUX's ae.safetensors.",
+            f"{node} 需要 LongCatLoader 的 VAE（{latents.CHANNELS} 通道，{latents.PIXELS_PER_LATENT} 倍压缩），"
+            f"但接入的是 {found}。请连接 LongCatLoader，或用 VAELoader 加载 FLUX 的 ae.safetensors。",
+        )
+    return vae
+
+
 def several_references(count: int) -> LongCatError:
     """Why several reference images are refused, and what to do."""
     return LongCatError(
@@ -98,16 +159,18 @@ def several_references(count: int) -> LongCatError:
 
 
 def _conditioning(
-    clip: comfy.sd.CLIP, prompt: str, inputs: Sequence[EditInput], reference: dict[str, Any]
-) -> list[Any]:
-    tokens = clip.tokenizer.inspect(prompt)
+    clip: comfy.sd.CLIP,
+    prompt: str,
+    inputs: Sequence[EditInput],
+    reference: dict[str, Any],
+    normalise_quotes: bool = False,
+) -> tuple[list[Any], str]:
+    tokens, report = clip_bridge.inspect(clip.tokenizer, NODE, prompt, normalise_quotes)
     editing.check_instruction(tokens.ids, editing.image_token(clip.tokenizer.tokenizer))
-    if tokens.cut:
-        logger.warning("%s: %s", NODE, tokens.cut_report())
     conditioning: list[Any] = clip.encode_from_tokens_scheduled(
         clip_bridge.edit_tokens(tokens.ids, inputs), add_dict=reference
     )
-    return conditioning
+    return conditioning, report
 
 
 def _vision(clip: comfy.sd.CLIP) -> Vision:
@@ -155,16 +218,3 @@ def _pictures(image: Any) -> list[Image.Image]:
 def _pixels(picture: Image.Image) -> torch.Tensor:
     values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return values.reshape(picture.height, picture.width, 3).float() / 255
-
-
-def _require_vae(vae: comfy.sd.VAE | None) -> comfy.sd.VAE:
-    fits = vae is not None and vae.latent_dim == 2 and vae.latent_channels == latents.CHANNELS
-    if vae is None or not fits or vae.spacial_compression_encode() != latents.PIXELS_PER_LATENT:
-        found = "nothing" if vae is None else f"one with {vae.latent_channels} channels in {vae.latent_dim} dimensions"
-        raise LongCatError(
-            f"{NODE} needs the VAE of LongCatLoader ({latents.CHANNELS} channels, {latents.PIXELS_PER_LATENT} pixels "
-            f"per latent), but got {found}. Connect LongCatLoader, or VAELoader with FLUX's ae.safetensors.",
-            f"{NODE} 需要 LongCatLoader 的 VAE（{latents.CHANNELS} 通道，{latents.PIXELS_PER_LATENT} 倍压缩），"
-            f"但接入的是 {found}。请连接 LongCatLoader，或用 VAELoader 加载 FLUX 的 ae.safetensors。",
-        )
-    return vae

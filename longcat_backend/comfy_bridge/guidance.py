@@ -8,12 +8,15 @@ import comfy.patcher_extension
 import torch
 
 from .. import flow
-from . import formats
+from . import editing, formats
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance settings; outside (start, end) of the schedule the conditional velocity is used alone."""
+    """Guidance settings; outside (start, end) of the schedule the conditional velocity is used alone.
+
+    ``renorm`` counts for text to image alone: the official edit pipeline has no renormalisation.
+    """
 
     renorm: bool
     renorm_min: float
@@ -34,7 +37,8 @@ class Guidance:
         if args["cond_scale"] <= 1 or not self.active(args["sigma"]):
             return cond
         sigma = args["sigma"].reshape(-1, *[1] * (cond.ndim - 1))
-        velocity = flow.guide(cond / sigma, args["uncond"] / sigma, args["cond_scale"], self.renorm, self.renorm_min)
+        renorm = self.renorm and not editing.has_reference(args.get("input_cond"))
+        velocity = flow.guide(cond / sigma, args["uncond"] / sigma, args["cond_scale"], renorm, self.renorm_min)
         return velocity * sigma
 
     def skip_unguided(

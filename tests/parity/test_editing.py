@@ -149,7 +149,7 @@ def test_full_run_equals_the_pipeline(
     expected = reference_run(edit_reference, size, scale)
     positive, negative, latent = encode(edit_loaded, as_image(picture(*size)), size)
     model, _, _ = edit_loaded(engine)
-    patched = guidance.patch(model, renorm=False)
+    patched = guidance.patch(model, renorm=True)  # which counts for text to image alone
     sigmas = sampling.schedule(patched, latent, STEPS)
     drawn = sampling.sample(patched, positive, negative, latent, sigmas, scale, SEED)["samples"]
     assert relative_error(latents.pack(model.model.process_latent_in(drawn)), expected) <= LATENT_TOLERANCE

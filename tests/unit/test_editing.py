@@ -187,6 +187,29 @@ def test_the_other_flavour_is_warned_of_once_per_encode(
     assert caplog.text.count("LongCatTextEncode: the checkpoint is LongCat-Image edit") == 1
 
 
+def test_an_instruction_gets_the_care_of_a_prompt(parts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from longcat_pack.longcat_backend.comfy_bridge import editing as bridge
+
+    def edit(prompt: str, negative: str = "", normalise: bool = False) -> tuple[torch.Tensor, str, str]:
+        caplog.clear()
+        image = torch.full((1, 32, 32, 3), 0.5)
+        positive, _, _, report = bridge.encode_and_report(*parts, image, prompt, negative, (32, 32), normalise)
+        return positive[0][0], report, caplog.text
+
+    caplog.set_level(logging.WARNING, "longcat_pack.longcat_backend.comfy_bridge.clip")
+    for prompt, warning in (("在招牌上写「店」", "UNKNOWN QUOTES"), ("add a sign that says OPEN", "NOT QUOTED")):
+        _, report, log = edit(prompt)
+        assert warning in report and f"LongCatEditEncode: {warning}" in log
+    _, report, log = edit('add a sign that says "OPEN"')
+    assert 'character by character 引号文字（逐字编码）: "OPEN"' in report and "size 尺寸: 32x32" in report
+    assert "QUOTE" not in log and "negative prompt" not in report
+    _, report, log = edit("red " * 600, "blue " * 600)
+    assert report.count("CUT") == 2 and "negative prompt 负面提示词" in report and log.count("CUT") == 2
+    normalised, report, _ = edit("在招牌上写「店」", normalise=True)
+    assert "在招牌上写“店”" in report
+    assert torch.equal(normalised, edit("在招牌上写“店”")[0])
+
+
 def test_a_checkpoint_without_tower_or_processor_is_refused(demo: Path, tmp_path: Path) -> None:
     folder = edit_checkpoint.make(demo, tmp_path / "Edit")
     file = folder / "text_encoder" / "model.safetensors"

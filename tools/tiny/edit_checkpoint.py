@@ -41,7 +41,7 @@ def _exchange(path: Path, source: Path, weights: Mapping[str, torch.Tensor]) -> 
     Raises ValueError for weights that the file doesn't know.
     """
     with safe_open(source, "pt") as file:
-        stored = {key: file.get_tensor(key) for key in file.keys()}
+        stored = {key: file.get_tensor(key).clone() for key in file.keys()}  # the file may be written to
         metadata = file.metadata()
     named = {_name_in_class(key): key for key in stored}
     if not weights.keys() <= named.keys():
@@ -54,9 +54,12 @@ def _exchange(path: Path, source: Path, weights: Mapping[str, torch.Tensor]) -> 
 
 
 def export_edit(start: Path, folder: Path, average: Mapping[str, torch.Tensor], turbo: bool) -> None:
-    """Write `folder` anew: the files of `start` with the trained weights, named "transformer." or "text_encoder."."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(start, folder, ignore=shutil.ignore_patterns("README.md"))
+    """Write the files of `start` with other weights, named "transformer." or "text_encoder."; both may be one folder.
+
+    A README.md is not copied, and stays where `folder` has one.
+    """
+    if folder.resolve() != start.resolve():
+        shutil.copytree(start, folder, ignore=shutil.ignore_patterns("README.md"), dirs_exist_ok=True)
     for component, file in WEIGHTS.items():
         prefix = f"{component}."
         own = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}

@@ -15,11 +15,24 @@ class LongCatExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Import the node files; ComfyUI would reduce a failure to one line, so the traceback is logged here."""
         try:
-            from . import conditioning, dataset, editing, latents, loading, lora, rewriting, sampling, saving
+            from . import (
+                conditioning,
+                dataset,
+                editing,
+                latents,
+                loading,
+                lora,
+                prompt_grid,
+                rewriting,
+                sampling,
+                saving,
+                training,
+            )
         except Exception:
             logger.exception("LongCat-Image could not be loaded / LongCat-Image 加载失败")
             raise
-        modules = (loading, conditioning, rewriting, editing, latents, sampling, saving, lora, dataset)
+        drawing = (loading, conditioning, rewriting, editing, latents, sampling, saving, lora)
+        modules = (*drawing, dataset, training, prompt_grid)
         return [node for module in modules for node in module.NODES]
 
 

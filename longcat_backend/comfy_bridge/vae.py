@@ -33,6 +33,12 @@ def load(checkpoint: Checkpoint) -> comfy.sd.VAE:
     return vae
 
 
+def scaling(vae: comfy.sd.VAE) -> Mapping[str, float]:
+    """``scaling_factor`` and ``shift_factor``: what the transformer sees is (LATENT - shift) * factor."""
+    values: Mapping[str, float] = getattr(vae, _SCALING, DEFAULT_SCALING)
+    return values
+
+
 def class_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments of ComfyUI's AutoencoderKL from the checkpoint's VAE config.
 
@@ -93,7 +99,7 @@ def decode(
             "没有 VAE：加载器的文件中不含 VAE。请连接 LongCatLoader 的 VAE。",
         )
     if not samples.is_nested and samples.ndim == 3:
-        samples = latents.unpack_scaled(samples, getattr(vae, _SCALING, DEFAULT_SCALING), width, height)
+        samples = latents.unpack_scaled(samples, scaling(vae), width, height)
     latents.check_unpacked(samples, vae.latent_channels)
     latents.check_finite(samples)
     pixels: torch.Tensor = vae.decode_tiled(samples) if tiled else vae.decode(samples)

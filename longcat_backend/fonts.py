@@ -54,7 +54,10 @@ class Fonts:
         font, lines = self.of(text), [""]
         for character in " ".join(text.split()):
             if font.getlength(lines[-1] + character) > width:
-                lines.append("")
+                whole, space, begun = lines[-1].rpartition(" ")
+                # A Latin word goes to the next line as a whole; Chinese breaks anywhere.
+                in_word = bool(space) and is_latin(begun + character) and character != " "
+                lines[-1:] = [whole, begun] if in_word else [lines[-1], ""]
             lines[-1] += character
             if len(lines) > most:
                 return [*lines[: most - 1], lines[most - 1][:-3] + "..."]

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,15 +70,17 @@ def read_table(path: Path) -> tuple[list[Row], list[Problem]]:
     return rows, problems
 
 
-def beside(picture: Path) -> str:
+def beside(picture: Path, may_read: Callable[[Path], bool]) -> str:
     """The caption in the ``.txt`` or ``.json`` file beside a picture; empty if there is neither.
 
     Raises:
-        UnusablePicture: the file is no UTF-8, too large, or JSON without a caption.
+        UnusablePicture: the file may not be read, is no UTF-8, too large, or JSON without a caption.
     """
     for suffix in (".txt", ".json"):
         path = picture.with_suffix(suffix)
         if path.is_file():
+            if not may_read(path):
+                raise UnusablePicture("outside", path.name)
             text = _caption_text(path)
             return text.strip() if suffix == ".txt" else _json_caption(path, text)
     return ""

@@ -15,6 +15,7 @@ COLUMNS = 6
 TILE = 240  # pixels, of the picture within its tile
 MARGIN = 8
 TEXT = 14
+LINE = TEXT + 4
 LINES = 8
 
 _BACKGROUND, _INK, _QUIET = (24, 24, 24), (235, 235, 235), (150, 150, 150)
@@ -41,22 +42,30 @@ def draw(dataset: Dataset) -> Image.Image:
     tiles = list(_tiles(dataset, letters))
     head = [letters.drawable(line) for line in _head(dataset, letters)]
     columns = min(COLUMNS, max(len(tiles), 2))
-    line = TEXT + 4
-    height = TILE + LINES * line + 2 * MARGIN
-    top = len(head) * line + 2 * MARGIN
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * (TILE + MARGIN) + MARGIN, top + rows * height), _BACKGROUND)
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    top = len(head) * LINE + 2 * MARGIN
+    size = columns * (TILE + MARGIN) + MARGIN, top + sum(map(_height, rows))
+    sheet = Image.new("RGB", size, _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
     for number, text in enumerate(head):
-        pen.text((MARGIN, MARGIN + number * line), text, fill=_INK, font=letters.of(text))
-    for index, tile in enumerate(tiles):
-        left, upper = MARGIN + index % columns * (TILE + MARGIN), top + index // columns * height
-        if tile.picture is not None:
-            sheet.paste(tile.picture, (left, upper + TILE - tile.picture.height))
-        for number, (text, colour) in enumerate(tile.lines[:LINES]):
-            place = left, upper + TILE + 4 + number * line
-            pen.text(place, text, fill=colour, font=letters.of(text))
+        pen.text((MARGIN, MARGIN + number * LINE), text, fill=_INK, font=letters.of(text))
+    for row in rows:
+        for column, tile in enumerate(row):
+            left, below = MARGIN + column * (TILE + MARGIN), top + _picture_height(row)
+            if tile.picture is not None:
+                sheet.paste(tile.picture, (left, below - tile.picture.height))
+            for number, (text, colour) in enumerate(tile.lines):
+                pen.text((left, below + 4 + number * LINE), text, fill=colour, font=letters.of(text))
+        top += _height(row)
     return sheet
+
+
+def _picture_height(row: Sequence[Tile]) -> int:
+    return max(0 if tile.picture is None else tile.picture.height for tile in row)
+
+
+def _height(row: Sequence[Tile]) -> int:
+    return _picture_height(row) + max(len(tile.lines) for tile in row) * LINE + 2 * MARGIN
 
 
 def legend(dataset: Dataset) -> str:
@@ -85,7 +94,7 @@ def _tiles(dataset: Dataset, letters: Fonts) -> Iterator[Tile]:
         for problem in dataset.problems:
             if problem.name == item.name and not problem.skipped:
                 lines += _wrap(letters, _words(problem, letters), _WARNING, 2)
-        yield Tile(_thumbnail(item), tuple(lines))
+        yield Tile(_thumbnail(item), tuple(lines[:LINES]))
     for problem in _skipped(dataset)[:MOST_SKIPPED]:
         lines = _wrap(letters, problem.name, _INK, 2)
         lines += _wrap(letters, f"skipped: {_words(problem, letters)}", _SKIPPED, LINES - 2)

@@ -279,10 +279,10 @@ class _Builder:
         if share < LEAST_KEPT:
             raise UnusablePicture("too long", f"{found}, {share:.1%} < {LEAST_KEPT:.0%}")
         if factor > MOST_ENLARGEMENT:
-            raise UnusablePicture("too small", f"{found}, ×{factor:.1f} > ×{MOST_ENLARGEMENT:.0f}")
+            raise UnusablePicture("too small", f"{found}, x{factor:.1f} > x{MOST_ENLARGEMENT:.0f}")
         notes = []
         if factor > NAMED_ENLARGEMENT:
-            notes.append(Problem(picture.name, "enlarged", f"{found}, ×{factor:.1f}"))
+            notes.append(Problem(picture.name, "enlarged", f"{found}, x{factor:.1f}"))
         if share < NAMED_KEPT:
             notes.append(Problem(picture.name, "cropped", f"{found}, {share:.0%}"))
         return notes

@@ -85,6 +85,12 @@ def scan(
     files = _files(folder)
     companions = _Companions(folder, files, reference_folder)
     table = captions.find_table(folder)
+    if table and not inside(table, roots):
+        raise LongCatError(
+            f"The table '{table.name}' is a link to a place outside the folders that may be read. Put the file itself "
+            "there.",
+            f"表格“{table.name}”是指向允许读取范围之外的链接。请放入文件本身。",
+        )
     rows, problems = captions.read_table(table) if table else ([], [])
     reader = _Reader(folder, roots, companions)
     for row in rows:
@@ -137,7 +143,7 @@ def fingerprint(folders: Sequence[Path]) -> str:
     lines = []
     for folder in folders:
         for path in _files(folder):
-            facts = path.lstat()
+            facts = path.stat() if path.exists() else path.lstat()
             lines.append(f"{path}:{facts.st_size}:{facts.st_mtime_ns}")
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -196,7 +202,7 @@ class _Reader:
         reference = reference or self._companions.references.get(key)
         mask = mask or self._companions.masks.get(key)
         try:
-            text = caption or captions.beside(path)
+            text = caption or captions.beside(path, lambda file: inside(file, self._roots))
         except UnusablePicture as error:
             self.problems.append(Problem(name, error.kind, error.detail))
             return

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from .. import editing, latents, prompts
+from .. import latents, prompts
 from ..errors import LongCatError
 from .buckets import Size
 from .cache import Cache, content_key
@@ -175,7 +175,12 @@ def _keys(item: Item, encoders: Encoders) -> Keys:
 
 def _template(item: Item) -> str:
     """What stands around a caption, as a hash."""
-    before = prompts.TEXT_TO_IMAGE_PREFIX if item.reference is None else f"{PICTURE_VERSION}{editing.PREFIX}"
+    if item.reference is None:
+        before = prompts.TEXT_TO_IMAGE_PREFIX
+    else:
+        from .. import editing  # brings transformers, which is slow to import
+
+        before = PICTURE_VERSION + editing.PREFIX
     text = f"{TEXT_VERSION}{prompts.MAX_TOKENS}{before}{prompts.SUFFIX}"
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -81,7 +81,7 @@ class Run:
         place = (self.cursor.epoch, self.cursor.position)
         try:
             batches = [self.cursor.take() for _ in range(self.settings.accumulation)]
-            loss = self._gradients(batches)
+            loss = self.gradients(batches)
             self._check(loss, [index for batch in batches for index in batch])
         except BaseException:
             self.adapters.forget_gradients()
@@ -96,7 +96,8 @@ class Run:
         group = self.optimiser.param_groups[0]
         return float(group["lr"]) * float(group.get("d", 1.0))
 
-    def _gradients(self, batches: Sequence[Sequence[int]]) -> float:
+    def gradients(self, batches: Sequence[Sequence[int]]) -> float:
+        """Leave the gradient of the mean loss over all samples of some batches in the masters, and give that loss."""
         total = sum(len(batch) for batch in batches)
         mean, place = 0.0, 0
         for batch in batches:

@@ -195,5 +195,5 @@ def _discard(place: Path) -> None:
     if not place.exists():
         return
     if not place.name.endswith(_PARTIAL):
-        place = place.rename(place.with_name(f".{place.name}{_PARTIAL}"))
+        place = place.rename(place.with_name(f".{place.name}.old{_PARTIAL}"))
     shutil.rmtree(place)

@@ -27,8 +27,12 @@ class LongCatEditEncode(io.ComfyNode):
             "reference, the picture in the prompt and in the negative prompt, and its latents beside the canvas.",
             search_aliases=["longcat edit", "image edit", "instruction", "编辑", "改图"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP of LongCatLoader, from a LongCat-Image-Edit checkpoint."),
-                io.Vae.Input("vae", tooltip="The VAE of LongCatLoader."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The CLIP of LongCatLoader, from a LongCat-Image-Edit checkpoint, or of CLIPLoader with "
+                    "type longcat_image.",
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of LongCatLoader, or of VAELoader with FLUX's ae.safetensors."),
                 io.Image.Input(
                     "image",
                     tooltip="The picture to edit. A batch is edited picture by picture; several references for one "

@@ -15,7 +15,7 @@ from ..editing import EditInput
 from ..errors import LongCatError
 from ..vision import VisionEncoder, load_vision
 from . import clip as clip_bridge
-from . import formats, patchers
+from . import core_clip, formats, patchers
 from .castable import castable, replace_linears
 
 NODE = "LongCatEditEncode"
@@ -68,16 +68,14 @@ def encode_and_report(
         LongCatError: CLIP or VAE are not LongCat's, the IMAGE is none or several, a size is off the grid, a prompt
             holds the picture's token, or the checkpoint has no vision tower.
     """
-    clip = clip_bridge.require_longcat(clip, NODE)
+    clip = _require_clip(clip)
     vae = require_vae(vae, NODE)
     originals = _pictures(image)
     width, height = size or editing.canvas_size(*originals[0].size)
     latents.check_size(width, height)
     clip_bridge.warn_other_flavour(clip.patcher, NODE, edits=True)
     canvases = [editing.resized(picture, width, height) for picture in originals]
-    inputs = _vision(clip).inputs(
-        [editing.resized(canvas, width // 2, height // 2) for canvas in canvases], clip.tokenizer.tokenizer
-    )
+    inputs = _inputs(clip, [editing.resized(canvas, width // 2, height // 2) for canvas in canvases])
     samples = vae.encode(torch.stack([_pixels(canvas) for canvas in canvases]))
     reference = {"reference_latents": [samples], "reference_latents_method": "index"}
     (positive, report), (negative, other) = (
@@ -107,8 +105,7 @@ def embed(clip: comfy.sd.CLIP, canvas: Image.Image, prompt: str) -> torch.Tensor
         LongCatError: as for :func:`encode`.
     """
     small = editing.resized(canvas, canvas.width // 2, canvas.height // 2)
-    inputs = _vision(clip).inputs([small], clip.tokenizer.tokenizer)
-    conditioning, _ = _conditioning(clip, prompt, inputs, {})
+    conditioning, _ = _conditioning(clip, prompt, _inputs(clip, [small]), {})
     embeddings: torch.Tensor = conditioning[0][0]
     return embeddings[0]
 
@@ -158,15 +155,30 @@ def several_references(count: int) -> LongCatError:
     )
 
 
+def _require_clip(clip: comfy.sd.CLIP | None) -> comfy.sd.CLIP:
+    return clip if core_clip.is_core(clip) else clip_bridge.require_longcat(clip, NODE)
+
+
+def _inputs(clip: comfy.sd.CLIP, pictures: Sequence[Image.Image]) -> Sequence[Any]:
+    """What the CLIP needs of each picture, in the size that it is to see."""
+    if core_clip.is_core(clip):
+        return [core_clip.pixels(picture) for picture in pictures]
+    return _vision(clip).inputs(pictures, clip.tokenizer.tokenizer)
+
+
 def _conditioning(
     clip: comfy.sd.CLIP,
     prompt: str,
-    inputs: Sequence[EditInput],
+    inputs: Sequence[Any],
     reference: dict[str, Any],
     normalise_quotes: bool = False,
 ) -> tuple[list[Any], str]:
-    tokens, report = clip_bridge.inspect(clip.tokenizer, NODE, prompt, normalise_quotes)
-    editing.check_instruction(tokens.ids, editing.image_token(clip.tokenizer.tokenizer))
+    core = core_clip.is_core(clip)
+    tokenizer = core_clip.tokenizer(clip) if core else clip.tokenizer
+    tokens, report = clip_bridge.inspect(tokenizer, NODE, prompt, normalise_quotes)
+    editing.check_instruction(tokens.ids, editing.image_token(tokenizer.tokenizer))
+    if core:
+        return core_clip.encode(clip, tokens.ids, inputs, reference), report
     conditioning: list[Any] = clip.encode_from_tokens_scheduled(
         clip_bridge.edit_tokens(tokens.ids, inputs), add_dict=reference
     )

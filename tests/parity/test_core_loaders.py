@@ -69,10 +69,11 @@ def test_load_diffusion_model_reads_the_transformer(
     assert torch.equal(velocity(theirs), ours)
 
 
+@torch.inference_mode()
 def test_load_vae_reads_the_vae_of_the_published_size(folder: Path, models: Path, tmp_path: Path) -> None:
     import comfy.sd
 
-    from longcat_pack.longcat_backend.comfy_bridge import saving, vae
+    from longcat_pack.longcat_backend.comfy_bridge import editing, loading, saving, vae
 
     target = tmp_path / "published"
     shutil.copytree(folder, target)
@@ -88,6 +89,9 @@ def test_load_vae_reads_the_vae_of_the_published_size(folder: Path, models: Path
     theirs = comfy.sd.VAE(sd=written)
     latent = torch.randn(1, 16, 4, 4, generator=generator)
     assert torch.allclose(theirs.decode(latent), ours.decode(latent), atol=1e-6)
+    clip, image = loading.load_encoder(checkpoints.open_checkpoint(folder), "fp32"), torch.rand(1, 32, 32, 3)
+    expected, found = (editing.encode(clip, each, image, "red", "", (32, 32))[2]["samples"] for each in (ours, theirs))
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_load_clip_finds_every_key_of_a_text_encoder(comfy_dir: Path) -> None:

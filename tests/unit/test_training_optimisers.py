@@ -48,13 +48,14 @@ def test_every_optimiser_goes_downhill_at_the_rate_that_is_set(name: str) -> Non
     settings = dataclasses.replace(SETTINGS, optimiser=name, weight_decay=0.0)
     parameter = nn.Parameter(torch.full((64, 64), 3.0))
     optimiser = optimisers.make(settings, [parameter])
-    for rate, moves in ((0.0, False), (0.1, True)):
-        optimisers.set_learning_rate(optimiser, rate)
+    for rate, steps, moves in ((0.0, 1, False), (0.1, 60, True)):  # Prodigy needs steps to find how far to go
         before = parameter.detach().clone()
-        (parameter**2).sum().backward()
-        with optimisers.without_compiling(settings):
-            optimiser.step()
-        optimiser.zero_grad()
+        for _ in range(steps):
+            optimisers.set_learning_rate(optimiser, rate)
+            (parameter**2).sum().backward()
+            with optimisers.without_compiling(settings):
+                optimiser.step()
+            optimiser.zero_grad()
         assert bool((parameter < before).all()) is moves
 
 

@@ -48,7 +48,8 @@ def test_every_optimiser_goes_downhill_at_the_rate_that_is_set(name: str) -> Non
     settings = dataclasses.replace(SETTINGS, optimiser=name, weight_decay=0.0)
     parameter = nn.Parameter(torch.full((64, 64), 3.0))
     optimiser = optimisers.make(settings, [parameter])
-    for rate, steps, moves in ((0.0, 1, False), (0.1, 60, True)):  # Prodigy needs steps to find how far to go
+    own = 1.0 if name == "prodigy" else 0.1  # Prodigy finds how far to go by itself, which takes some steps
+    for rate, steps, moves in ((0.0, 1, False), (own, 30, True)):
         before = parameter.detach().clone()
         for _ in range(steps):
             optimisers.set_learning_rate(optimiser, rate)

@@ -1,5 +1,6 @@
 """Training datasets from ComfyUI's input folder, from folders that the owner listed, or from IMAGE batches."""
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -14,19 +15,20 @@ import torch
 from ..errors import LongCatError
 from ..training import contact_sheet, dataset, sources
 from ..training.dataset import CountTokens, Dataset, DatasetSettings
+from ..training.problems import listed
 from . import clip as clip_bridge
 from . import host
 
 NODE = "LongCatDataset"
 ROOTS_VARIABLE = "LONGCAT_DATASET_ROOTS"
+MOST_LOGGED = 20
 
 logger = logging.getLogger(__name__)
 
 
 def roots() -> list[Path]:
     """Folders below which training pictures may lie: ComfyUI's input folder, then those of LONGCAT_DATASET_ROOTS."""
-    listed = os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep)
-    return [Path(folder_paths.get_input_directory()), *(Path(place) for place in listed if os.path.isabs(place))]
+    return [Path(folder_paths.get_input_directory()), *_listed_roots(os.environ.get(ROOTS_VARIABLE, ""))]
 
 
 def check(settings: DatasetSettings, folders: Sequence[str]) -> None:
@@ -78,9 +80,23 @@ def from_images(
 
 def _shown(made: Dataset) -> tuple[Dataset, torch.Tensor, str]:
     sheet = torch.from_numpy(numpy.array(contact_sheet.draw(made))).float()[None] / 255
-    for problem in made.problems:
-        logger.warning("%s: %s", NODE, problem.text)
+    for line in listed(made.problems, MOST_LOGGED):
+        logger.warning("%s: %s", NODE, line)
     return made, sheet, f"{made.report()}\n\n{contact_sheet.legend(made)}"
+
+
+@functools.cache  # so that a wrong place is logged once
+def _listed_roots(text: str) -> tuple[Path, ...]:
+    places = [Path(place) for place in filter(None, text.split(os.pathsep))]
+    for place in places:
+        if not place.is_absolute() or not place.is_dir():
+            logger.warning(
+                "%s: '%s' in %s is no absolute path of a folder and is left out. 不是文件夹的绝对路径，已忽略。",
+                NODE,
+                place,
+                ROOTS_VARIABLE,
+            )
+    return tuple(place for place in places if place.is_absolute())
 
 
 def _counter(clip: comfy.sd.CLIP | None) -> CountTokens | None:

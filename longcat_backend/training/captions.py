@@ -101,7 +101,9 @@ def with_trigger(caption: str, trigger: str) -> str:
                 "请设置触发词，或从描述中删除占位符。",
             )
         return caption.replace(TRIGGER, trigger)
-    if not caption or not trigger or trigger in caption:
+    # Within a longer Latin word it is another word; Chinese has no spaces between words.
+    there = re.search(f"(?<![a-zA-Z0-9]){re.escape(trigger)}(?![a-zA-Z0-9])", caption)
+    if not caption or not trigger or there:
         return caption or trigger
     return f"{trigger}{'，' if _CHINESE.search(caption) else ', '}{caption}"
 

@@ -144,11 +144,11 @@ class Dataset:
     def buckets(self) -> dict[Size, tuple[int, ...]]:
         """Width and height to the indices to train on, each as often as it comes in one epoch."""
         held_out = set(self.held_out)
-        found: dict[Size, tuple[int, ...]] = {}
+        found: dict[Size, list[int]] = {}
         for index, item in enumerate(self.items):
             if index not in held_out:
-                found[item.size] = found.get(item.size, ()) + (index,) * self.settings.repeats
-        return found
+                found.setdefault(item.size, []).extend([index] * self.settings.repeats)
+        return {size: tuple(indices) for size, indices in found.items()}
 
     def identity(self) -> str:
         """A hash of the content: pixels, captions, sizes and settings, but no names or places."""
@@ -157,7 +157,7 @@ class Dataset:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def report(self) -> str:
-        """Counts for each bucket, then everything that was noticed, in both languages."""
+        """Counts for each bucket, then what was noticed, in both languages; up to 200 lines of it."""
         held_out = set(self.held_out)
         trained = Counter(item.size for index, item in enumerate(self.items) if index not in held_out)
         skipped = sum(problem.skipped for problem in self.problems)
@@ -326,7 +326,7 @@ def _hold_out(items: Sequence[Item], share: float) -> tuple[int, ...]:
 
 
 def _nothing_left(problems: Sequence[Problem]) -> LongCatError:
-    lines = "\n".join(listed(problems)[:10])
+    lines = "\n".join(listed(problems, 10))
     return LongCatError(
         "No picture of the dataset can be trained on. Mend what is listed here, and queue again.",
         f"数据集中没有可用于训练的图像。请处理以下问题后重新运行。\n{lines}",

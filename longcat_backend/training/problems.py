@@ -88,6 +88,8 @@ class UnusablePicture(Exception):
         self.detail = detail
 
 
-def listed(problems: Sequence[Problem]) -> list[str]:
-    """The problems as lines, those for which a picture was left out first."""
-    return [problem.text for problem in sorted(problems, key=lambda problem: not problem.skipped)]
+def listed(problems: Sequence[Problem], most: int = 200) -> list[str]:
+    """The problems as lines, those for which a picture was left out first, and how many more there are."""
+    lines = [problem.text for problem in sorted(problems, key=lambda problem: not problem.skipped)]
+    more = [f"… and {len(lines) - most} more 还有 {len(lines) - most} 项"] if len(lines) > most else []
+    return lines[:most] + more

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -212,6 +213,34 @@ def test_what_can_be_used_with_care_is_trained_and_named(folder: Path, read: Rea
     assert "(OPEN)" in made.report() and "(《春天》)" in made.report()
 
 
+def test_files_of_every_kind_are_trained_side_by_side(folder: Path, read: Read) -> None:
+    add(folder, "plain.jpg")
+    Image.new("RGBA", (64, 64), (0, 0, 255, 128)).save(add(folder, "alpha.png"))
+    Image.new("L", (64, 64), 90).save(add(folder, "grey.png"))
+    Image.fromarray(np.full((64, 64), 40_000, np.uint16)).save(add(folder, "deep.png"))
+    frames = [Image.new("RGB", (64, 64), (0, 80 * index, 99)) for index in range(3)]
+    frames[0].save(add(folder, "moving.gif"), save_all=True, append_images=frames[1:])
+    frames[0].save(add(folder, "moving.webp"), save_all=True, append_images=frames[1:])
+    made = read()
+    assert len(made.items) == 6
+    assert all(item.pixels().shape == (1, 3, 64, 64) for item in made.items)
+    assert kinds(made) == {
+        "alpha.png": {"transparent"},
+        "grey.png": {"grey"},
+        "deep.png": {"16 bit", "grey"},
+        "moving.gif": {"animated"},
+        "moving.webp": {"animated"},
+    }
+
+
+def test_a_report_of_many_problems_ends_somewhere(folder: Path, read: Read) -> None:
+    add(folder, "good.png")
+    lines = ["no JSON"] * 1000
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    report = read().report()
+    assert report.count("\n") < 210 and report.endswith("… and 800 more 还有 800 项")
+
+
 def test_a_long_caption_is_noticed_where_tokens_can_be_counted(folder: Path, root: Path) -> None:
     add(folder, "a.png", "word " * 513)
     add(folder, "b.png", "word " * 512, "blue")
@@ -237,6 +266,8 @@ def test_a_folder_without_a_picture_that_can_be_used_stops_the_run(broken: bool,
         ("a picture of {trigger}, red", "a picture of zorb, red"),
         ("a red star", "zorb, a red star"),
         ("a red zorb", "a red zorb"),
+        ("红色的zorb星", "红色的zorb星"),
+        ("azorbed", "zorb, azorbed"),
         ("一颗红色的星", "zorb，一颗红色的星"),
         ("", "zorb"),
     ],

@@ -68,16 +68,16 @@ def from_folder(folder: Path) -> Alphas | None:
     return _alphas(config, CONFIG, name)
 
 
-def to_config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """The PEFT configuration of adapters by their modules, as diffusers reads it from a header."""
+def to_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The PEFT configuration of LoRAs by their modules, with alpha equal to the rank, as diffusers reads it."""
     (rank, _), *_ = Counter(ranks.values()).most_common()
-    (alpha, _), *_ = Counter(alphas.values()).most_common()
+    # A pattern matches the end of a name; the mark ties it to the beginning, as "proj_out" is the name of many layers.
+    others = {f"^{module}": value for module, value in ranks.items() if value != rank}
     return {
         "r": rank,
-        "lora_alpha": alpha,
-        # A pattern matches the end of a name; the mark ties it to the beginning, as "proj_out" is two layers' name.
-        "rank_pattern": {f"^{module}": value for module, value in ranks.items() if value != rank},
-        "alpha_pattern": {f"^{module}": value for module, value in alphas.items() if value != alpha},
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",

@@ -1,7 +1,8 @@
 """LoRA files: every dialect in, one layout out (DESIGN.md D7).
 
-What is written is applied with the right scale by ComfyUI, which reads alpha from tensors and ignores headers, by
-diffusers, which reads it from the header and ignores tensors, and by SimpleTuner.
+What is written has alpha equal to the rank, with the scale in the matrices, since only that is applied with the right
+scale everywhere: ComfyUI reads alpha from tensors and ignores headers; diffusers ignores tensors, and reads the header
+only when it is told to expect safetensors; SimpleTuner's pipeline refuses a file that has alpha in both.
 """
 
 import json
@@ -23,6 +24,7 @@ SUFFIX = ".safetensors"
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 SETTINGS = "longcat_settings"
 _PREFIX = "transformer."
+_PEFT = "base_model.model."  # only files with this prefix belong to a configuration that lies beside them
 # ComfyUI finds these layers under its own names only (research, trainers.md 6).
 _NATIVE = {official: core for core, officials in OUTSIDE.items() for official in officials if core.startswith("time")}
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".pt2")
@@ -50,7 +52,7 @@ def write(
     """Write adapters as one file, which is there complete or not at all; an older one is replaced.
 
     Args:
-        settings: of the training run, kept in the header; must fit JSON.
+        settings: of the training run, kept in the header, where the alpha that was trained with belongs; must fit JSON.
         dtype: of the matrices; alphas are always float32.
         title: shown by model browsers; empty: the name of the file.
         trigger_words: words that call up what was learnt.
@@ -69,8 +71,7 @@ def write(
             names.append(f"diffusion_model.{_NATIVE[adapter.module]}")
         for name in names:
             tensors[f"{name}.lora_A.weight"] = adapter.down.detach().to(dtype)
-            tensors[f"{name}.lora_B.weight"] = adapter.up.detach().to(dtype)
-            tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
+            tensors[f"{name}.lora_B.weight"] = (adapter.up.detach() * adapter.scale).to(dtype)
     contents = saving.entries(tensors)
     with saving.staged(overwrite=True) as staging:
         temporary = staging.place(path)
@@ -97,8 +98,9 @@ def read(path: Path) -> LoraFile:
     found = {key: parsed for key, parsed in keys.items() if parsed is not None}
     if not found:
         raise _foreign(file, list(tensors))
-    alphas = lora_alpha.from_header(metadata, file.name) or lora_alpha.from_folder(file.parent)
-    pairs = lora_pairs.Pairs(file.name, alphas)
+    peft = any(key.startswith(_PEFT) for key in found)
+    alphas = lora_alpha.from_header(metadata, file.name) or (lora_alpha.from_folder(file.parent) if peft else None)
+    pairs = lora_pairs.Pairs(file.name, alphas, peft)
     adapters = pairs.build({key: (parsed, tensors[key]) for key, parsed in found.items()})
     return LoraFile(
         adapters,
@@ -112,9 +114,7 @@ def read(path: Path) -> LoraFile:
 def _header(
     adapters: Sequence[Adapter], settings: Mapping[str, Any], title: str, trigger_words: Sequence[str]
 ) -> dict[str, str]:
-    config = lora_alpha.to_config(
-        {adapter.module: adapter.rank for adapter in adapters}, {adapter.module: adapter.alpha for adapter in adapters}
-    )
+    config = lora_alpha.to_config({adapter.module: adapter.rank for adapter in adapters})
     flavour = settings.get("model_flavour")
     return {
         "format": "pt",

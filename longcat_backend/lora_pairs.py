@@ -28,14 +28,16 @@ class _Parts:
 class Pairs:
     """Builds the adapters of one file, and remembers where each alpha came from."""
 
-    def __init__(self, name: str, alphas: Alphas | None) -> None:
+    def __init__(self, name: str, alphas: Alphas | None, peft: bool) -> None:
         """
         Args:
             name: of the file, for messages.
             alphas: of the file's header or of the folder's configuration; alpha tensors go before it.
+            peft: whether the file is PEFT's, which keeps alpha in another file.
         """
         self._name = name
         self._alphas = alphas
+        self._peft = peft
         self._stored: set[str] = set()  # names of official layers
         self._configured: set[str] = set()
         self._assumed: set[str] = set()
@@ -73,12 +75,17 @@ class Pairs:
         if self._configured and self._alphas is not None:
             notes.append(f"alpha: {len(self._configured)} from {self._alphas.source} 来自 {self._alphas.source}")
         if self._assumed:
+            count = len(self._assumed)
             notes.append(
-                f"alpha: unknown for {len(self._assumed)}, taken as equal to the rank (scale 1), as ComfyUI and diffusers "
-                f"do. If the LoRA came from a PEFT folder, put its {CONFIG} beside the file; without it the LoRA may "
-                "be several times too strong. "
-                f"有 {len(self._assumed)} 个未知，按等于秩（缩放 1）处理，与 ComfyUI 和 diffusers 相同。"
-                f"如果该 LoRA 来自 PEFT 文件夹，请把其中的 {CONFIG} 放到文件旁边，否则强度可能偏大数倍。"
+                f"alpha: not in the file for {count}, taken as equal to the rank (scale 1), as ComfyUI and diffusers do "
+                f"文件中缺少 {count} 个，按等于秩（缩放 1）处理，与 ComfyUI 和 diffusers 相同"
+            )
+        if self._assumed and self._peft:
+            notes.append(
+                f"WARNING: the file is PEFT's, which keeps alpha in {CONFIG}. Put both into a folder of their own; "
+                "without it the LoRA may be several times too strong. "
+                f"警告：该文件由 PEFT 写入，其 alpha 保存在 {CONFIG} 中。请把两者放入同一个单独的文件夹，"
+                "否则强度可能偏大数倍。"
             )
         return tuple(notes)
 

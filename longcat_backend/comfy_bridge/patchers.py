@@ -9,6 +9,7 @@ import comfy.model_patcher
 import torch
 from torch import nn
 
+from .. import quantisation
 from ..errors import LongCatError
 from ..modulation import ModulationTable
 from ..quantisation import stored_bytes
@@ -111,7 +112,8 @@ def _castable_class(base: Any) -> Any:
             """As in the base class; the rows go with the weights, as both take memory of the device."""
             if unpatch_weights:
                 _sync_table(self.model, None)
-            super().unpatch_model(device_to, unpatch_weights)
+            with torch.inference_mode(_mode(self.backup)):
+                super().unpatch_model(device_to, unpatch_weights)
 
         def apply_hooks(self, hooks: Any, *args: Any, **kwargs: Any) -> Any:
             """Weight hooks change weights between steps, and the rows with them."""
@@ -238,6 +240,17 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     for layer in model.modules():
         if isinstance(layer, nn.ModuleList):
             yield from layer
+
+
+def _mode(backup: dict[str, Any]) -> bool:
+    """The inference mode in which patched weights can be put back.
+
+    Quantised weights that nodes loaded are tensors of inference mode. Put back outside of it, as by ComfyUI's button
+    that unloads all models, they would be no longer, and could neither be patched nor put back again within it.
+    """
+    packed = (kept.weight for kept in backup.values() if quantisation.is_packed(kept.weight))
+    weight = next(packed, None)
+    return torch.is_inference_mode_enabled() if weight is None else weight.is_inference()
 
 
 def _is_managed(layer: nn.Module, dynamic: bool) -> bool:

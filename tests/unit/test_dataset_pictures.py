@@ -83,7 +83,7 @@ BROKEN = {
     "cut PNG": encoded(marked())[:70],
     "cut JPEG": encoded(marked(), "JPEG")[:250],
     "cut WebP": encoded(marked(), "WEBP")[:60],
-    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n",
+    "a format that is not read": encoded(marked(), "PPM"),
     "floating point": encoded(Image.new("F", (4, 4)), "TIFF"),
 }
 

@@ -1,6 +1,7 @@
 """Build and train LongCat-Tiny: `python -m tools.train_tiny train`, then `export` and `check`.
 
-`train` does on one GPU whatever its work folder still lacks: the VAE first, then the DiT with the text encoder.
+`train` does on one GPU whatever its work folder still lacks: the VAE first, then the DiT with the text encoder, from
+random weights or with `--start` from those of a folder.
 It stops after `--stop-after` seconds and picks up where it stopped when it is run again. `export` writes the official
 folder layout. `check` lets diffusers' own pipeline draw the held-out prompts and scores them. `edit` trains
 LongCat-Tiny-Edit from LongCat-Tiny, and `turbo` its variant of 8 steps. Run it from the repository root.
@@ -17,13 +18,16 @@ import torch
 from diffusers import AutoencoderKL, LongCatImagePipeline
 from safetensors.torch import load_file, save_file
 
+from tests.scoring.scenes import LANGUAGES
 from tools.tiny.check import check_folder, write_sheet
-from tools.tiny.checkpoint import build_pipeline, save_pipeline
+from tools.tiny.checkpoint import build_pipeline, load_pipeline, save_pipeline
 from tools.tiny.edit_run import COMMANDS as EDIT_COMMANDS
 from tools.tiny.edit_run import add_commands as add_edit_commands
 from tools.tiny.edit_run import run as run_edit
-from tools.tiny.flow import FlowSettings, FlowTrainer, Phase, prepare_examples
-from tools.tiny.pictures import VaePictures, free_masks, placement_masks
+from tools.tiny.examples import Sizes, prepare_examples
+from tools.tiny.flow import FlowSettings, FlowTrainer, Phase
+from tools.tiny.pictures import VaePictures, free_masks, ink_masks, placement_masks
+from tools.tiny.rewriting import training_conversations
 from tools.tiny.vae import VaeSettings, measure, train_vae
 
 JITTERS = 16
@@ -44,12 +48,15 @@ class Log:
 
 
 def save_state(trainer: FlowTrainer, folder: Path) -> None:
-    """Write what resuming needs: fp32 weights, and in bf16 Adam's squared gradients; fp32 averages for the export."""
+    """Write what resuming needs: fp32 weights, in bf16 Adam's squared gradients, and averages as they are exported."""
     names = list(trainer.named)
     parts = {"weights": trainer.parameters, "average": trainer.average, "moments": trainer.second_moments()}
     for part, tensors in parts.items():
-        dtype = torch.bfloat16 if part == "moments" else torch.float32
-        state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in zip(names, tensors, strict=True)}
+        state = {}
+        for name, tensor in zip(names, tensors, strict=True):
+            short = part == "moments" or (part == "average" and name.startswith("transformer."))
+            dtype = torch.bfloat16 if short else torch.float32
+            state[name] = tensor.detach().to("cpu", dtype).contiguous()
         save_file(state, folder / f"{part}.safetensors", metadata={"step": str(trainer.step)})
     (folder / "step.json").write_text(json.dumps({"step": trainer.step}))
 
@@ -66,9 +73,15 @@ def load_state(trainer: FlowTrainer, folder: Path) -> None:
     trainer.load_moments([moments[name] for name in names], trainer.step)
 
 
+def start_pipeline(args: argparse.Namespace) -> LongCatImagePipeline:
+    """The pipeline that training starts from, fp32 on the CPU."""
+    return load_pipeline(args.start) if args.start else build_pipeline(args.seed)
+
+
 def prepare_vae(
     pipeline: LongCatImagePipeline,
     masks: torch.Tensor,
+    inks: torch.Tensor,
     args: argparse.Namespace,
     log: Log,
     device: torch.device,
@@ -76,13 +89,19 @@ def prepare_vae(
     """Load the work folder's VAE, or train and save it (bf16, as it ships)."""
     folder = args.work / "vae"
     if not folder.exists():
-        settings = VaeSettings(steps=args.vae_steps, batch=args.vae_batch, compile=args.compile)
+        settings = VaeSettings(
+            steps=args.vae_steps,
+            batch=args.vae_batch,
+            learning_rate=args.vae_learning_rate,
+            compile=args.compile and args.vae_compile,
+            seconds=args.vae_seconds,
+        )
         log(f"seed {args.seed} {settings}")
         torch.manual_seed(args.seed)
-        pictures = VaePictures(masks, free_masks(args.free_masks), device)
+        pictures = VaePictures(masks, inks, free_masks(args.free_masks), device)
         train_vae(pipeline.vae.to(device), pictures, settings, log)
         pipeline.vae.to(torch.bfloat16).float()
-        psnr = measure(pipeline.vae, pictures.batch(256))
+        psnr = measure(pipeline.vae, pictures.batch(4 * args.vae_batch))
         config = pipeline.vae.config
         log(f"vae psnr {psnr:.2f} dB scaling {config.scaling_factor} shift {config.shift_factor}")
         pipeline.vae.to(torch.bfloat16).save_pretrained(folder)
@@ -92,7 +111,12 @@ def prepare_vae(
 def flow_settings(args: argparse.Namespace) -> FlowSettings:
     """The command line's phases in a FlowSettings."""
     return FlowSettings(
-        phases=tuple(args.phase), captions=args.captions, score_prompts=args.score_prompts, compile=args.compile
+        phases=tuple(args.phase),
+        learning_rate=args.learning_rate,
+        score_prompts=args.score_prompts,
+        compile=args.compile,
+        writing_batch=args.writing_batch,
+        writing_weight=args.writing_weight,
     )
 
 
@@ -105,13 +129,18 @@ def train(args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails at these shapes
     log = Log(args.work / "train.log")
-    masks = placement_masks(args.jitters)
-    pipeline = build_pipeline(args.seed)
-    prepare_vae(pipeline, masks, args, log, device)
+    masks, inks = placement_masks(args.jitters), ink_masks(args.jitters)
+    pipeline = start_pipeline(args)
+    log(f"{time.monotonic() - started:.0f} s: masks and pipeline ready")
+    prepare_vae(pipeline, masks, inks, args, log, device)
     pipeline.to(device)
     settings = flow_settings(args)
-    examples = prepare_examples(pipeline, masks, settings.captions, args.scene_limit)
-    trainer = FlowTrainer(pipeline, examples, settings, args.seed)
+    sizes = Sizes(args.captions, args.character_captions, args.character_pictures, args.scene_limit)
+    examples = prepare_examples(pipeline, masks, inks, sizes)
+    log(f"{time.monotonic() - started:.0f} s: {sizes}")
+    languages = LANGUAGES if args.requests else ()
+    conversations = [training_conversations(pipeline, lang, args.requests).to(device) for lang in languages]
+    trainer = FlowTrainer(pipeline, examples, settings, args.seed, conversations)
     if (args.work / "step.json").exists():
         load_state(trainer, args.work)
     log(f"{time.monotonic() - started:.0f} s: from step {trainer.step}, latents {tuple(examples.latents.shape)}")
@@ -124,13 +153,14 @@ def train(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write the work folder's averaged weights in the official layout."""
-    pipeline = build_pipeline(args.seed)
+    pipeline = start_pipeline(args)
     pipeline.vae = AutoencoderKL.from_pretrained(args.work / "vae", torch_dtype=torch.float32)
     average = load_file(args.work / "average.safetensors")
     for component in ("transformer", "text_encoder"):
         own = {name.removeprefix(component + "."): t for name, t in average.items() if name.startswith(component)}
         missing, unexpected = getattr(pipeline, component).load_state_dict(own, strict=False)
-        untrained = [n for n in missing if not n.startswith(("model.visual.", "lm_head."))]
+        kept = ("model.visual.",) if "text_encoder.lm_head.weight" in average else ("model.visual.", "lm_head.")
+        untrained = [n for n in missing if not n.startswith(kept)]
         if unexpected or untrained:
             raise ValueError(f"{component}: not in the work folder {untrained}, not in the model {unexpected}")
     save_pipeline(pipeline, args.folder)
@@ -145,7 +175,16 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--stop-after", type=float, default=3600.0, help="seconds")
     run.add_argument("--vae-steps", type=int, default=VaeSettings.steps)
     run.add_argument("--vae-batch", type=int, default=VaeSettings.batch)
-    run.add_argument("--captions", type=int, default=FlowSettings.captions)
+    run.add_argument("--vae-learning-rate", type=float, default=VaeSettings.learning_rate)
+    run.add_argument("--vae-compile", action=argparse.BooleanOptionalAction, default=True)
+    run.add_argument("--vae-seconds", type=float, default=VaeSettings.seconds)
+    run.add_argument("--learning-rate", type=float, default=FlowSettings.learning_rate)
+    run.add_argument("--captions", type=int, default=Sizes.captions, help="a scene and language")
+    run.add_argument("--character-captions", type=int, default=Sizes.character_captions, help="likewise, a character")
+    run.add_argument("--character-pictures", type=int, default=Sizes.character_pictures, help="a scene and character")
+    run.add_argument("--requests", type=int, default=40_000, help="to rewrite, a language; 0: don't learn to rewrite")
+    run.add_argument("--writing-batch", type=int, default=FlowSettings.writing_batch)
+    run.add_argument("--writing-weight", type=float, default=FlowSettings.writing_weight)
     run.add_argument("--score-prompts", type=int, default=FlowSettings.score_prompts, help="a language")
     run.add_argument("--jitters", type=int, default=JITTERS)
     run.add_argument("--free-masks", type=int, default=FREE_MASKS)
@@ -158,10 +197,12 @@ def parse_arguments() -> argparse.Namespace:
     for command in (run, write):
         command.add_argument("--work", type=Path, required=True, help="folder of the VAE and the training state")
         command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--start", type=Path, default=None, help="folder of the weights to start from")
     judge = commands.add_parser("check")
     judge.add_argument("--folder", type=Path, default=Path("demo/LongCat-Tiny"))
     judge.add_argument("--per-language", type=int, default=100)
     judge.add_argument("--stock-positions", action="store_true", help="leave the text positions to transformers")
+    judge.add_argument("--at-once", action="store_true", help="draw all prompts of a kind together, from one seed")
     judge.add_argument("--pictures", type=Path, default=None, help="write the drawn pictures as one PNG")
     add_edit_commands(commands)
     return parser.parse_args()
@@ -177,7 +218,7 @@ def main() -> None:
     elif args.command in EDIT_COMMANDS:
         run_edit(args)
     else:
-        check_folder(args.folder, args.per_language, args.stock_positions, args.pictures)
+        check_folder(args.folder, args.per_language, args.stock_positions, args.pictures, args.at_once)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The world of LongCat-Tiny: one coloured shape on a coloured background, with captions in two languages.
 
+A large shape may carry one character, which a caption asks for in quotes.
+
 Everything here is deterministic numpy: the trainer, the scorer and the tests share it.
 """
 
@@ -9,10 +11,12 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+
+from .characters import CHARACTERS, character_mask, with_character
 
 IMAGE_SIZE = 128
 LANGUAGES = ("zh", "en")
@@ -40,17 +44,20 @@ MAX_JITTER_PX = 3.0
 JITTER_SCALE = 0.06
 HELD_OUT_ONE_IN = 8
 SUPERSAMPLING = 4
+CHARACTER_SIZE = "large"  # shapes of this size can carry a character
+CHARACTER_HEIGHT = 1.2  # in radii of the shape: 43 px of 128
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's attributes; every field is a key of the table of the same name."""
+    """One picture's attributes, each a key of the table of the same name, and the character on the shape, if any."""
 
     background: str
     colour: str
     shape: str
     size: str
     place: str
+    character: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,27 +148,63 @@ def coverage(
     return cells.mean(axis=(1, 3), dtype=np.float32)
 
 
-def shape_mask(
-    shape: str, size: str, place: str, jitter: Jitter | None = None, image_size: int = IMAGE_SIZE
-) -> np.ndarray:
-    """Coverage mask (image_size, image_size) float32 in [0, 1] of one shape of the world."""
+def geometry(
+    size: str, place: str, jitter: Jitter | None = None, image_size: int = IMAGE_SIZE
+) -> tuple[tuple[float, float], float]:
+    """Centre (x, y) and circumscribed radius of a shape, in px."""
     jitter = jitter or Jitter()
     dx, dy = PLACES[place]
     unit = image_size / IMAGE_SIZE
     centre = (image_size * (0.5 + dx) + jitter.dx * unit, image_size * (0.5 + dy) + jitter.dy * unit)
-    return coverage(SHAPES[shape], centre, RADII[size] * jitter.scale * image_size, image_size)
+    return centre, RADII[size] * jitter.scale * image_size
 
 
-def compose(mask: np.ndarray, background: tuple[int, int, int], colour: tuple[int, int, int]) -> np.ndarray:
-    """Paint `colour` through a coverage mask (H, W) over `background`: uint8 (H, W, 3)."""
+def shape_mask(
+    shape: str, size: str, place: str, jitter: Jitter | None = None, image_size: int = IMAGE_SIZE
+) -> np.ndarray:
+    """Coverage mask (image_size, image_size) float32 in [0, 1] of one shape of the world."""
+    centre, radius = geometry(size, place, jitter, image_size)
+    return coverage(SHAPES[shape], centre, radius, image_size)
+
+
+def ink_mask(character: str, place: str, jitter: Jitter | None = None, image_size: int = IMAGE_SIZE) -> np.ndarray:
+    """Coverage mask (image_size, image_size) float32 in [0, 1] of the character on a shape at `place`."""
+    centre, radius = geometry(CHARACTER_SIZE, place, jitter, image_size)
+    return character_mask(character, centre, CHARACTER_HEIGHT * radius, image_size)
+
+
+def ink_colour(background: str, colour: str) -> str:
+    """The palette name of a character's ink: white or black, whichever stands out more; red between the two."""
+    free = [name for name in ("white", "black") if name not in (background, colour)]
+
+    def contrast(name: str) -> float:
+        ink = np.array(PALETTE[name], dtype=float)
+        return min(float(np.linalg.norm(ink - PALETTE[other])) for other in (background, colour))
+
+    return max(free, key=contrast, default="red")
+
+
+def compose(
+    mask: np.ndarray, background: np.ndarray | tuple[int, int, int], colour: tuple[int, int, int]
+) -> np.ndarray:
+    """Paint `colour` through a coverage mask (H, W) over `background`, a colour or a picture: uint8 (H, W, 3)."""
     alpha = mask[..., None]
     return np.rint(np.asarray(background) * (1 - alpha) + np.asarray(colour) * alpha).astype(np.uint8)
 
 
 def render(scene: Scene, jitter: Jitter | None = None, image_size: int = IMAGE_SIZE) -> np.ndarray:
-    """The scene's picture, uint8 (image_size, image_size, 3) RGB."""
+    """The scene's picture, uint8 (image_size, image_size, 3) RGB.
+
+    Raises ValueError for a character on a shape that is too small for one.
+    """
     mask = shape_mask(scene.shape, scene.size, scene.place, jitter, image_size)
-    return compose(mask, PALETTE[scene.background], PALETTE[scene.colour])
+    picture = compose(mask, PALETTE[scene.background], PALETTE[scene.colour])
+    if scene.character is None:
+        return picture
+    if scene.size != CHARACTER_SIZE:
+        raise ValueError(f"expected a {CHARACTER_SIZE} shape for a character, got {scene}")
+    ink = PALETTE[ink_colour(scene.background, scene.colour)]
+    return compose(ink_mask(scene.character, scene.place, jitter, image_size), picture, ink)
 
 
 @lru_cache(maxsize=1)
@@ -172,8 +215,8 @@ def all_scenes() -> tuple[Scene, ...]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether this combination is kept out of training, in both languages."""
-    digest = hashlib.sha256("/".join(astuple(scene)).encode()).digest()
+    """Whether this combination is kept out of training, in both languages and with every character."""
+    digest = hashlib.sha256("/".join(getattr(scene, name) for name in ATTRIBUTES).encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
@@ -256,11 +299,13 @@ WORDS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
 
 
 def caption(scene: Scene, language: str, rng: random.Random) -> str:
-    """One caption of `scene` in "zh" or "en", its template and synonyms drawn from `rng`."""
+    """One caption of `scene` in "zh" or "en", its template, synonyms and quotation marks drawn from `rng`."""
     table = WORDS[language]
     words = {name: rng.choice(table[name][getattr(scene, name)]) for name in ATTRIBUTES}
     text = rng.choice(TEMPLATES[language]).format(**words)
-    return text.replace("a orange", "an orange").replace("A orange", "An orange") if language == "en" else text
+    if language == "en":
+        text = text.replace("a orange", "an orange").replace("A orange", "An orange")
+    return text if scene.character is None else with_character(text, scene.character, language, rng)
 
 
 def vocabulary() -> list[str]:
@@ -288,4 +333,19 @@ def held_out_prompts(count_zh: int = 100, count_en: int = 100) -> list[tuple[str
             raise ValueError(f"asked for {count} held-out prompts ({language}); there are {len(scenes)} combinations")
         rng = random.Random(f"held-out prompts, {language}")
         pairs.extend((caption(scene, language, rng), scene) for scene in rng.sample(scenes, count))
+    return pairs
+
+
+def held_out_character_prompts(count_zh: int = 100, count_en: int = 100) -> list[tuple[str, Scene]]:
+    """Like `held_out_prompts`, for large shapes with a quoted character on them; all characters come equally often."""
+    scenes = [scene for scene in held_out_scenes() if scene.size == CHARACTER_SIZE]
+    pairs: list[tuple[str, Scene]] = []
+    for language, count in (("zh", count_zh), ("en", count_en)):
+        if count > len(scenes):
+            raise ValueError(f"asked for {count} character prompts ({language}); there are {len(scenes)} combinations")
+        rng = random.Random(f"held-out character prompts, {language}")
+        order = rng.sample(CHARACTERS, len(CHARACTERS))
+        for index, scene in enumerate(rng.sample(scenes, count)):
+            written = replace(scene, character=order[index % len(order)])
+            pairs.append((caption(written, language, rng), written))
     return pairs

@@ -217,6 +217,13 @@ def build_pipeline(seed: int) -> LongCatImagePipeline:
     )
 
 
+def forget_origin(path: Path) -> None:
+    """Take the folder that a network was loaded from out of its config: a folder of one machine."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def save_pipeline(pipeline: LongCatImagePipeline, folder: Path) -> None:
     """Write the official layout, transformer and VAE in bf16.
 
@@ -230,6 +237,8 @@ def save_pipeline(pipeline: LongCatImagePipeline, folder: Path) -> None:
     for part in ("tokenizer", "text_processor"):
         pipeline.tokenizer.backend_tokenizer.model.save(str(folder / part))
     pipeline.text_processor.image_processor.save_pretrained(folder / "text_processor")
+    for path in (*folder.rglob("*config.json"), folder / "model_index.json"):
+        forget_origin(path)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
 

@@ -41,13 +41,14 @@ def tokenize(pipeline: LongCatImagePipeline, prompts: Sequence[str], width: int 
     Raises ValueError when a prompt and its pad don't fit `width`.
     """
     prefix = pipeline.tokenizer(pipeline.prompt_template_encode_prefix, add_special_tokens=False)["input_ids"]
-    rows = []
-    for prompt in prompts:
-        ids: list[int] = []
-        for part, quoted in split_quotation(prompt):
-            for piece in part if quoted else [part]:
-                ids.extend(pipeline.tokenizer(piece, add_special_tokens=False)["input_ids"])
-        rows.append(ids)
+    split = [
+        [piece for part, quoted in split_quotation(prompt) for piece in (part if quoted else [part])]
+        for prompt in prompts
+    ]
+    pieces = list(dict.fromkeys(piece for parts in split for piece in parts))
+    tokens = pipeline.tokenizer(pieces, add_special_tokens=False)["input_ids"] if pieces else []
+    known = dict(zip(pieces, tokens, strict=True))
+    rows = [[token for piece in parts for token in known[piece]] for parts in split]
     longest = max(map(len, rows))
     width = width or longest + 1
     if longest >= width:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,31 +16,39 @@ import torch
 import torch.nn.functional as F
 from diffusers import LongCatImagePipeline
 
-from tests.scoring.scenes import LANGUAGES, PALETTE, Scene, caption, held_out_prompts, training_scenes
-from tools.tiny.conditioning import TEXT_SLOTS, TokenRows, encode, position_ids, tokenize
-from tools.tiny.pictures import PLACEMENTS, paint, palette
-from tools.tiny.sampling import TOKEN_SIDE, pack, sample, score, shift_mu
-from tools.tiny.vae import cosine, encode_means
+from tests.scoring.requests import held_out_requests
+from tests.scoring.scenes import Scene, held_out_character_prompts, held_out_prompts
+from tools.tiny.conditioning import TEXT_SLOTS, TokenRows, encode, position_ids
+from tools.tiny.examples import Examples
+from tools.tiny.rewriting import Conversations, answer_loss, score_writing
+from tools.tiny.sampling import TOKEN_SIDE, sample, score, score_characters, shift_mu
+from tools.tiny.vae import cosine
 
 EMPTY_PROMPT_SHARE = 0.1
-PROMPT_WIDTH = 24  # tokens of prompt and pads in a training row; the longest caption has 19
+CHARACTER_SHARE = 0.45  # of the rows show a character
+UNQUOTED_SHARE = 0.05  # ask for one without quotes, and show none
 GRAPH_WARMUP = 3
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training. Fewer than 512 text slots is a cheaper rehearsal: most of them hold pads anyway."""
+    """A stretch of training. Fewer than 512 text slots is a cheaper rehearsal: most of them hold pads anyway.
+
+    It ends after its steps or its time, whichever is over first; a decaying learning rate is zero then.
+    """
 
     steps: int
     slots: int
     batch: int
     decay: bool  # cosine to zero over the phase, or a constant learning rate
+    seconds: float = math.inf
 
     @classmethod
     def parse(cls, text: str) -> Phase:
-        """Read `steps:slots:batch`, with `:decay` behind it for a decaying learning rate."""
-        steps, slots, batch, *decay = text.split(":")
-        return cls(int(steps), int(slots), int(batch), decay == ["decay"])
+        """Read `steps:slots:batch`, with `:decay` behind it for a decaying learning rate, and `:SECONDSs` for time."""
+        steps, slots, batch, *more = text.split(":")
+        seconds = [float(word[:-1]) for word in more if word.endswith("s")]
+        return cls(int(steps), int(slots), int(batch), "decay" in more, *seconds)
 
 
 @dataclass(frozen=True)
@@ -50,39 +60,10 @@ class FlowSettings:
     warmup: int = 300
     ema_decay: float = 0.999
     weight_decay: float = 0.01
-    captions: int = 12  # for each scene and language
     score_prompts: int = 100  # held-out prompts of each language that progress is scored on
     compile: bool = True
-
-
-@dataclass
-class Examples:
-    """What the device holds: latents of every training scene in every jitter, and rows of its captions.
-
-    Row i is a caption of scene i // captions; the last row is the empty prompt.
-    """
-
-    latents: torch.Tensor  # (scenes, jitters, 64 tokens, 64 channels) bf16, scaled
-    rows: TokenRows
-    captions: int
-
-
-def prepare_examples(
-    pipeline: LongCatImagePipeline, masks: torch.Tensor, captions: int, scene_limit: int | None = None
-) -> Examples:
-    """Encode the training scenes with the pipeline's VAE; `masks` come from `placement_masks`."""
-    device, scenes = pipeline.vae.device, training_scenes()[:scene_limit]
-    colours, names, config = palette(device), list(PALETTE), pipeline.vae.config
-    masks, latents = masks.to(device), []
-    for scene in scenes:
-        mask = masks[PLACEMENTS.index((scene.shape, scene.size, scene.place))]
-        ground, colour = (colours[names.index(n)].expand(len(mask), -1) for n in (scene.background, scene.colour))
-        means = encode_means(pipeline.vae, paint(mask, ground, colour))
-        latents.append(pack((means - config.shift_factor) * config.scaling_factor).bfloat16())
-    rng = random.Random("training captions")
-    texts = [caption(s, lang, rng) for s in scenes for lang in LANGUAGES for _ in range(captions)]
-    rows = tokenize(pipeline, [*texts, ""], PROMPT_WIDTH).to(device)
-    return Examples(torch.stack(latents), rows, captions * len(LANGUAGES))
+    writing_batch: int = 64  # conversations a step, Chinese and English ones by turns
+    writing_weight: float = 0.05  # of their cross entropy in the loss
 
 
 def _autocast_blocks(pipeline: LongCatImagePipeline) -> None:
@@ -101,18 +82,30 @@ def _autocast_blocks(pipeline: LongCatImagePipeline) -> None:
 
 
 class FlowTrainer:
-    """One training run; `named` are the trained weights, `average` their moving average."""
+    """One training run; `named` are the trained weights, `average` their moving average.
 
-    def __init__(self, pipeline: LongCatImagePipeline, examples: Examples, settings: FlowSettings, seed: int) -> None:
+    With `conversations`, each of one language, the language model also learns to write.
+    """
+
+    def __init__(
+        self,
+        pipeline: LongCatImagePipeline,
+        examples: Examples,
+        settings: FlowSettings,
+        seed: int,
+        conversations: Sequence[Conversations] = (),
+    ) -> None:
         self.pipeline, self.examples, self.settings, self.seed = pipeline, examples, settings, seed
+        self.conversations = conversations
         self.device = pipeline.transformer.device
         self.twin = copy.deepcopy(pipeline)  # draws with the averaged weights
-        self.named = dict(self._trained(pipeline))
+        self.named = self._named(pipeline)
         self.parameters = list(self.named.values())
         self.average = [p.detach().clone() for p in self.parameters]
         self.step, self.slots = 0, settings.phases[0].slots
         self.rate = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)
+        self.writing_sum = torch.zeros((), device=self.device)
         on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -124,7 +117,7 @@ class FlowTrainer:
         )
         _autocast_blocks(pipeline)
         _autocast_blocks(self.twin)
-        self.captured: tuple[torch.cuda.CUDAGraph, Callable[[], None]] | None = None
+        self.captured: list[tuple[torch.cuda.CUDAGraph, Callable[[], None]]] | None = None
         self.mu = shift_mu(pipeline, TOKEN_SIDE**2)
 
     @staticmethod
@@ -134,13 +127,19 @@ class FlowTrainer:
         for name, p in pipeline.text_encoder.model.language_model.named_parameters():
             yield f"text_encoder.model.language_model.{name}", p
 
+    def _named(self, pipeline: LongCatImagePipeline) -> dict[str, torch.nn.Parameter]:
+        named = dict(self._trained(pipeline))
+        if self.conversations:
+            named["text_encoder.lm_head.weight"] = pipeline.text_encoder.lm_head.weight
+        return named
+
     def second_moments(self) -> list[torch.Tensor]:
         """Adam's running squared gradients, in the order of `named`; empty before the first step."""
         return [self.optimizer.state[p]["exp_avg_sq"] for p in self.parameters if p in self.optimizer.state]
 
-    def _learning_rate(self, phase: Phase, step: int) -> float:
+    def _learning_rate(self, phase: Phase, step: int, spent: float) -> float:
         if phase.decay:
-            return self.settings.learning_rate * cosine(step, phase.steps, self.settings.warmup)
+            return self.settings.learning_rate * cosine(step, phase.steps, self.settings.warmup, spent)
         return self.settings.learning_rate * min(1.0, (step + 1) / self.settings.warmup)
 
     def _loss_function(self, slots: int) -> Callable[..., torch.Tensor]:
@@ -156,9 +155,16 @@ class FlowTrainer:
     def _batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, TokenRows, torch.Tensor]:
         """Noisy tokens (B, 64, 64), sigma (B,), token rows and the velocity noise - x0, drawn on the device."""
         examples, device = self.examples, self.device
-        row = torch.randint(len(examples.rows.ids) - 1, (size,), device=device)
-        jitter = torch.randint(examples.latents.shape[1], (size,), device=device)
-        clean = examples.latents[row // examples.captions, jitter].float()
+        plain, written, unquoted = examples.kinds
+        kind = torch.rand(size, device=device)
+        row = torch.randint(plain, (size,), device=device)
+        if unquoted > written:
+            row = torch.where(kind < UNQUOTED_SHARE, torch.randint(written, unquoted, (size,), device=device), row)
+        if written > plain:
+            row = torch.where(kind > 1 - CHARACTER_SHARE, torch.randint(plain, written, (size,), device=device), row)
+        count = examples.count[row]
+        picture = torch.minimum((torch.rand(size, device=device) * count).long(), count - 1)
+        clean = examples.latents[examples.first[row] + picture].float()
         dropped = torch.rand(size, device=device) < EMPTY_PROMPT_SHARE
         row = torch.where(dropped, len(examples.rows.ids) - 1, row)
         sigma = torch.sigmoid(torch.randn(size, device=device) + self.mu)
@@ -167,21 +173,27 @@ class FlowTrainer:
         return (1 - mix) * clean + mix * noise, sigma, examples.rows.take(row), noise - clean
 
     def _stepper(self, phase: Phase) -> Callable[[], None]:
-        """One optimisation step as a callable; on a GPU it replays a CUDA graph."""
+        """One optimisation step as a callable; on a GPU it replays a CUDA graph, one for each language by turns."""
         loss_function = self._loss_function(phase.slots)
 
-        def step() -> None:
+        def step(conversations: Conversations | None) -> None:
             self.optimizer.zero_grad(set_to_none=True)
             loss = loss_function(*self._batch(phase.batch))
+            self.loss_sum += loss.detach()
+            if conversations is not None:
+                writing = answer_loss(self.pipeline.text_encoder, conversations, self.settings.writing_batch)
+                self.writing_sum += writing.detach()
+                loss = loss + self.settings.writing_weight * writing
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - self.settings.ema_decay)
-            self.loss_sum += loss.detach()
 
-        if self.device.type != "cuda":
-            return step
-        return self._captured(step)
+        steps = [partial(step, conversations) for conversations in (*self.conversations,) or (None,)]
+        if self.device.type == "cuda":
+            steps = [self._captured(one) for one in steps]
+        turns = itertools.cycle(steps)
+        return lambda: next(turns)()
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """Capture `step`; the warm-up that capture needs leaves weights, average and moments as they were."""
@@ -202,7 +214,9 @@ class FlowTrainer:
             for target, value in zip(live, kept, strict=False):
                 target.copy_(value)
         self.loss_sum.zero_()
-        self.captured = (graph, step)  # the graph reads tensors that only the step's closure keeps alive
+        self.writing_sum.zero_()
+        # the graph reads tensors that only the step's closure keeps alive
+        self.captured = [*(self.captured or ()), (graph, step)]
         return graph.replay
 
     def load_moments(self, moments: list[torch.Tensor], step: int) -> None:
@@ -217,7 +231,7 @@ class FlowTrainer:
     def use_average(self) -> LongCatImagePipeline:
         """The pipeline with the averaged weights, the DiT's rounded to bf16 as they will be stored."""
         with torch.no_grad():
-            for (name, target), value in zip(self._trained(self.twin), self.average, strict=True):
+            for (name, target), value in zip(self._named(self.twin).items(), self.average, strict=True):
                 target.copy_(value.bfloat16() if name.startswith("transformer.") else value)
         return self.twin
 
@@ -225,6 +239,18 @@ class FlowTrainer:
         """Pictures (N, 128, 128, 3) uint8 of held-out prompts with the averaged weights, and their scenes."""
         pairs = held_out_prompts(per_language, per_language)
         return sample(self.use_average(), [prompt for prompt, _ in pairs], slots=self.slots), [s for _, s in pairs]
+
+    def scores(self) -> dict[str, float]:
+        """Shares of held-out prompts and requests that the averaged weights get right."""
+        count = self.settings.score_prompts
+        shares = score(*self.draw(count))
+        pairs = held_out_character_prompts(count, count)
+        if self.examples.kinds[1] > self.examples.kinds[0]:
+            pictures = sample(self.twin, [prompt for prompt, _ in pairs], slots=self.slots)
+            shares["character"] = score_characters(pictures, [scene for _, scene in pairs])
+        if self.conversations:
+            shares["rewriting"] = score_writing(self.twin, held_out_requests())[0]
+        return shares
 
     def train(self, stop_at: float, log: Callable[[str], None], log_every: int, score_every: int) -> bool:
         """Train until all phases are done (True) or time.monotonic() reaches `stop_at` (False)."""
@@ -243,26 +269,35 @@ class FlowTrainer:
         step_once = self._stepper(phase)
         self._synchronize()
         log(f"phase of {phase.slots} text slots ready after {time.monotonic() - began:.0f} s")
-        mark, mark_step = time.monotonic(), self.step
+        began = mark = time.monotonic()
+        end, mark_step = min(stop_at, began + phase.seconds), self.step
         while self.step < first + phase.steps:
-            self.rate.fill_(self._learning_rate(phase, self.step - first))
+            spent = (time.monotonic() - began) / max(end - began, 1e-3)
+            self.rate.fill_(self._learning_rate(phase, self.step - first, spent))
             step_once()
             self.step += 1
             if self.step % 50 == 0:
                 self._synchronize()
-                if time.monotonic() > stop_at:
-                    return False
+                if time.monotonic() > end:
+                    log(f"out of time at step {self.step}")
+                    if end == stop_at:
+                        return False
+                    self.step = first + phase.steps
+                    break
             if self.step % log_every == 0 or self.step % score_every == 0:
-                loss, done = self.loss_sum.item(), self.step - mark_step
-                rate = (time.monotonic() - mark) / done * 1000
-                self.loss_sum.zero_()
-                words = f"step {self.step} loss {loss / done:.4f} lr {self.rate.item():.2e} {rate:.1f} ms/step"
-                if self.step % score_every == 0:
-                    scores = score(*self.draw(self.settings.score_prompts))
-                    words += " | " + " ".join(f"{name} {value:.3f}" for name, value in scores.items())
-                log(words)
+                self._report(log, self.step - mark_step, mark, self.step % score_every == 0)
                 mark, mark_step = time.monotonic(), self.step
         return True
+
+    def _report(self, log: Callable[[str], None], steps: int, since: float, scored: bool) -> None:
+        loss, writing = self.loss_sum.item() / steps, self.writing_sum.item() / steps
+        pace = (time.monotonic() - since) / steps * 1000
+        self.loss_sum.zero_()
+        self.writing_sum.zero_()
+        words = f"step {self.step} loss {loss:.4f} writing {writing:.3f} lr {self.rate.item():.2e} {pace:.1f} ms/step"
+        if scored:
+            words += " | " + " ".join(f"{name} {value:.3f}" for name, value in self.scores().items())
+        log(words)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -9,6 +9,7 @@ import torch
 from diffusers import LongCatImagePipeline
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import calculate_shift
 
+from tests.scoring.reading import score_character
 from tests.scoring.scenes import IMAGE_SIZE, Scene
 from tests.scoring.score import score_image, summarise
 from tools.tiny.conditioning import TEXT_SLOTS, encode, position_ids, tokenize
@@ -80,3 +81,9 @@ def decode(pipeline: LongCatImagePipeline, tokens: torch.Tensor) -> np.ndarray:
 def score(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
     """Share of pictures with each attribute right."""
     return summarise([score_image(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)])
+
+
+def score_characters(pictures: np.ndarray, scenes: Sequence[Scene]) -> float:
+    """Share of pictures with the right character on the shape."""
+    right = [score_character(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    return sum(right) / len(right)

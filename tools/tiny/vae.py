@@ -26,6 +26,7 @@ class VaeSettings:
     warmup: int = 200
     ema_decay: float = 0.998
     compile: bool = True
+    seconds: float = math.inf  # it ends after this time at the latest, its learning rate fully decayed
 
 
 def _reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,9 +38,12 @@ def _reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tens
     return vae.decoder(latents).float(), divergence
 
 
-def cosine(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate factor: linear warm-up, then half a cosine down to zero."""
-    progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
+def cosine(step: int, steps: int, warmup: int, spent: float = 0.0) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine down to zero at the end of the steps or of the time.
+
+    `spent` is the share of the time that has passed.
+    """
+    progress = min(1.0, max(0.0, spent, (step - warmup) / max(1, steps - warmup)))
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -52,7 +56,12 @@ def train_vae(vae: AutoencoderKL, pictures: VaePictures, settings: VaeSettings, 
     reconstruct = torch.compile(_reconstruct) if settings.compile else _reconstruct
     started = time.monotonic()
     for step in range(settings.steps):
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine(step, settings.steps, settings.warmup)
+        spent = (time.monotonic() - started) / settings.seconds
+        if spent >= 1:
+            log(f"vae out of time at step {step}")
+            break
+        rate = cosine(step, settings.steps, settings.warmup, spent)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * rate
         batch = pictures.batch(settings.batch).to(memory_format=torch.channels_last)
         with torch.autocast(batch.device.type, torch.bfloat16):
             drawn, divergence = reconstruct(vae, batch)

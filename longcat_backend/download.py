@@ -1,7 +1,8 @@
 """Download a published checkpoint, so that its folder is a checkpoint only once every file in it was checked.
 
 Files lie under hidden temporary names until their hash is that of the hub, so a download that was cut goes on where
-it stopped; model_index.json, by which a checkpoint is found, comes last.
+it stopped; model_index.json, by which a checkpoint is found, comes last. The commit is written down before the first
+byte, and a download that goes on stays with it, whatever the repository holds by then.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -25,7 +26,7 @@ from .saving import SPARE_SPACE, free_space
 Progress = Callable[[int, int], None]
 
 INDEX = "model_index.json"
-REVISION_FILE = ".longcat_revision"
+REVISION_FILE = words.REVISION_FILE
 PARTS = (*COMPONENTS, "tokenizer", "text_processor")
 # Weights without a variant in their name, and the texts beside them. Nothing hidden, no code, no pickle, no subfolder.
 _NEEDED = re.compile(
@@ -85,7 +86,8 @@ def download(
 ) -> str:
     """Complete the official folder of a flavour from the hub; what is there already is checked and kept.
 
-    The hub is huggingface.co, or what HF_ENDPOINT names.
+    The hub is huggingface.co, or what HF_ENDPOINT names. The commit is the flavour's ``revision``; else the one that
+    an earlier download into the folder began with; else the newest.
 
     Args:
         progress: called with (bytes there, bytes in all) many times a second; may raise to stop, which keeps what
@@ -96,9 +98,11 @@ def download(
         The commit that was downloaded, which is also written down in the folder.
 
     Raises:
-        LongCatError: the hub cannot be reached or refuses, the connection was cut too often, the disk is full, a file
-            has not the hash that the hub gives, or another download into the folder is running.
+        LongCatError: the hub cannot be reached or refuses, it no longer has the commit, the connection was cut too
+            often, the disk is full, a file has not the hash that the hub gives, or another download into the folder is
+            running.
     """
+    flavour = replace(flavour, revision=flavour.revision or _begun(flavour, folder))
     with words.explained(flavour, folder), _locked(flavour, folder):
         listing = list_files(flavour)
         meter = _Meter(progress, listing.size)
@@ -108,9 +112,9 @@ def download(
         if free < remaining + SPARE_SPACE:
             raise words.disk_full(flavour, folder, remaining + SPARE_SPACE, free)
         announce(remaining, listing.size)
+        if missing:
+            _note_revision(folder, flavour, listing.commit)
         for file in missing:
-            if file.path == INDEX:
-                _note_revision(folder, flavour, listing.commit)
             url = hf_hub_url(flavour.repo_id, file.path, revision=listing.commit)
             _fetch(url, file, folder, meter, flavour)
     return listing.commit
@@ -226,7 +230,15 @@ def _receive(url: str, size: int, partial: Path, meter: _Meter) -> None:
 
 
 def _note_revision(folder: Path, flavour: Flavour, commit: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / REVISION_FILE).write_text(f"{flavour.repo_id}@{commit}\n", encoding="utf-8")
+
+
+def _begun(flavour: Flavour, folder: Path) -> str | None:
+    """The commit that an earlier download of the flavour into the folder wrote down."""
+    path = folder / REVISION_FILE
+    repo_id, _, commit = path.read_text(encoding="utf-8").strip().partition("@") if path.is_file() else ("", "", "")
+    return commit if repo_id == flavour.repo_id and commit else None
 
 
 @contextmanager

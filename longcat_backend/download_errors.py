@@ -10,6 +10,8 @@ from .errors import LongCatError
 from .flavours import Flavour
 
 GB = 10**9
+# In a downloaded folder: repository and commit.
+REVISION_FILE = ".longcat_revision"
 
 
 def command(flavour: Flavour, folder: Path) -> str:
@@ -127,13 +129,16 @@ def _refused(flavour: Flavour, folder: Path, error: errors.HfHubHTTPError) -> Lo
         )
     if status == 404:
         wanted = f"{flavour.repo_id} @ {flavour.revision or constants.DEFAULT_REVISION}"
+        note = folder / REVISION_FILE
+        begun = note.is_file()
         return _with_command(
             flavour,
             folder,
             f"{constants.ENDPOINT} has no {wanted}, or not all of its files (HTTP 404). If HF_ENDPOINT names a mirror, "
-            "choose another; else update this pack",
-            f"{constants.ENDPOINT} 上没有 {wanted}，或文件不全（HTTP 404）。若 HF_ENDPOINT 指定了镜像，请换一个；"
-            "否则请更新本插件",
+            "choose another; else "
+            + (f"delete '{note}' to begin with the newest version" if begun else "update this pack"),
+            f"{constants.ENDPOINT} 上没有 {wanted}，或文件不全（HTTP 404）。若 HF_ENDPOINT 指定了镜像，请换一个；否则请"
+            + (f"删除“{note}”，改为下载最新版本" if begun else "更新本插件"),
         )
     return _with_command(
         flavour,

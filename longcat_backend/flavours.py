@@ -24,7 +24,7 @@ class Flavour:
     # Shift of the noise levels of a picture of 256 and of 4096 tokens, as in the scheduler's config.
     base_shift: float = 0.5
     max_shift: float = 1.15
-    # A commit of the repository; None for the newest, whose commit is then written down beside the files.
+    # A commit of the repository; None for the newest at the first byte, which is written down and kept to.
     revision: str | None = None
     # 2 bytes for each of 6.3 + 8.3 billion parameters; a download tells the exact size before it begins.
     download_gb: int = 29

@@ -24,7 +24,7 @@ class Hub:
     """One repository of models behind http://127.0.0.1; use it in a with statement.
 
     Attributes:
-        files: what is stored, by path; what the listing says of them is taken when the hub is made.
+        files: what main holds, by path; what the listing says of them is taken when the hub is made.
         sent: bytes that were sent of each file.
         requests: how many requests came, of any kind.
         asked: files that were asked for, in order, with the Range header.
@@ -46,6 +46,7 @@ class Hub:
         self.files = dict(files)
         self.siblings = [self._sibling(path, content) for path, content in files.items()]
         self.commit = COMMIT
+        self.past: dict[str, tuple[dict[str, bytes], list[dict[str, Any]]]] = {}
         self.sent: Counter[str] = Counter()
         self.requests = 0
         self.asked: list[tuple[str, str | None]] = []
@@ -58,6 +59,16 @@ class Hub:
         self.stall_at: int | None = None
         self.stalled = threading.Event()
         self._go = threading.Event()
+
+    def publish(self, files: dict[str, bytes], commit: str) -> None:
+        """Move main to a commit with other files; what was there can still be had by its commit."""
+        self.past[self.commit] = (self.files, self.siblings)
+        self.files, self.commit = dict(files), commit
+        self.siblings = [self._sibling(path, content) for path, content in files.items()]
+
+    def at(self, revision: str) -> tuple[dict[str, bytes], list[dict[str, Any]]] | None:
+        """Files and listing of a revision, None where it is not known."""
+        return (self.files, self.siblings) if revision in ("main", self.commit) else self.past.get(revision)
 
     def release(self) -> None:
         """End the stall."""
@@ -75,9 +86,11 @@ class Hub:
         """What HF_ENDPOINT has to be."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def listing(self) -> dict[str, Any]:
+    def listing(self, revision: str) -> dict[str, Any] | None:
         """The answer of /api/models."""
-        return {"id": self.repo_id, "sha": self.commit, "siblings": self.siblings}
+        known = self.at(revision)
+        commit = self.commit if revision == "main" else revision
+        return {"id": self.repo_id, "sha": commit, "siblings": known[1]} if known else None
 
     def __enter__(self) -> Hub:
         self._thread.start()
@@ -118,18 +131,20 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if hub.status is not None:
                 return self._answer(hub.status, hub.body)
             if path.startswith(f"/api/models/{hub.repo_id}/revision/"):
-                known = path.rpartition("/")[2] in ("main", hub.commit)
-                return self._answer(200, json.dumps(hub.listing()).encode()) if known else self._answer(404, b"{}")
-            _, found, name = path.partition(f"/{hub.repo_id}/resolve/{hub.commit}/")
-            if not found or name not in hub.files:
+                listing = hub.listing(path.rpartition("/")[2])
+                return self._answer(200, json.dumps(listing).encode()) if listing else self._answer(404, b"{}")
+            _, _, place = path.partition(f"/{hub.repo_id}/resolve/")
+            commit, _, name = place.partition("/")
+            files, _ = hub.at(commit) or ({}, [])
+            if name not in files:
                 return self._answer(404, b"{}")
             if name.endswith(".safetensors") and host != "localhost":
                 return self._answer(302, b"", Location=hub.url.replace("127.0.0.1", "localhost") + self.path)
             hub.asked.append((name, self.headers.get("Range")))
-            return self._send(name)
+            return self._send(name, files[name])
 
-        def _send(self, name: str) -> None:
-            content, start = hub.files[name], 0
+        def _send(self, name: str, content: bytes) -> None:
+            start = 0
             wanted = self.headers.get("Range")
             if wanted and hub.ranges:
                 start = int(wanted.removeprefix("bytes=").rstrip("-"))

@@ -213,11 +213,46 @@ def test_a_partial_file_of_an_earlier_version_is_not_continued(hub: Hub, folder:
     hub.cuts[BIG] = [900_000] + [0] * 5
     refused(folder, "cut")
     newer = tiny[BIG][:-1] + b"\0"
-    changed = Hub(FINAL.repo_id, {**tiny, BIG: newer})
-    hub.files, hub.siblings, hub.commit = changed.files, changed.siblings, "f" * 40
+    hub.publish({**tiny, BIG: newer}, "f" * 40)
+    (folder / download.REVISION_FILE).unlink()
     assert fetch(folder) == "f" * 40
     assert (folder / BIG).read_bytes() == newer
     assert not list((folder / "transformer").glob(".*.partial"))
+
+
+def test_a_download_ends_at_the_commit_that_it_began_with(hub: Hub, folder: Path, tiny: dict[str, bytes]) -> None:
+    hub.cuts[BIG] = [900_000] + [0] * 5
+    refused(folder, "cut")
+    note = folder / download.REVISION_FILE
+    assert note.read_text("utf-8") == f"{FINAL.repo_id}@{COMMIT}\n"
+    newer = {**tiny, BIG: tiny[BIG][:-1] + b"\0", "vae/config.json": b"{}"}
+    hub.publish(newer, "f" * 40)
+    assert fetch(folder) == COMMIT
+    assert all((folder / path).read_bytes() == tiny[path] for path in (BIG, "vae/config.json"))
+    assert hub.sent[BIG] == len(tiny[BIG])
+    (folder / "vae" / "config.json").unlink()
+    assert fetch(folder) == COMMIT and (folder / "vae" / "config.json").read_bytes() == tiny["vae/config.json"]
+    assert fetch(folder, replace(FINAL, revision="f" * 40)) == "f" * 40
+    assert all((folder / path).read_bytes() == newer[path] for path in (BIG, "vae/config.json"))
+    assert note.read_text("utf-8") == f"{FINAL.repo_id}@{'f' * 40}\n"
+
+
+def test_a_commit_that_is_gone_is_explained(hub: Hub, folder: Path, tiny: dict[str, bytes]) -> None:
+    hub.cuts[BIG] = [900_000] + [0] * 5
+    refused(folder, "cut")
+    hub.publish(tiny, "f" * 40)
+    hub.past.clear()
+    note = folder / download.REVISION_FILE
+    assert f"--revision {COMMIT}" in refused(folder, "404", COMMIT, f"delete '{note}'").en
+    note.unlink()
+    assert fetch(folder) == "f" * 40 and hub.sent[BIG] == len(tiny[BIG])
+
+
+def test_a_note_of_another_repository_is_not_asked_for(hub: Hub, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for text in ("someone/else@" + "a" * 40, "", FINAL.repo_id, f"{FINAL.repo_id}@"):
+        (folder / download.REVISION_FILE).write_text(text, encoding="utf-8")
+        assert fetch(folder) == COMMIT
 
 
 def test_what_is_there_with_another_content_is_replaced(hub: Hub, folder: Path, tiny: dict[str, bytes]) -> None:

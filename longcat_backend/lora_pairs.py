@@ -77,8 +77,8 @@ class Pairs:
         if self._assumed:
             count = len(self._assumed)
             notes.append(
-                f"alpha: not in the file for {count}, taken as equal to the rank (scale 1), as ComfyUI and diffusers do "
-                f"文件中缺少 {count} 个，按等于秩（缩放 1）处理，与 ComfyUI 和 diffusers 相同"
+                f"alpha: not in the file for {count}, taken as equal to the rank (scale 1), as ComfyUI and "
+                f"diffusers do 文件中缺少 {count} 个，按等于秩（缩放 1）处理，与 ComfyUI 和 diffusers 相同"
             )
         if self._assumed and self._peft:
             notes.append(

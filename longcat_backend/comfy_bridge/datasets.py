@@ -9,9 +9,9 @@ from typing import Any
 
 import comfy.sd
 import folder_paths
-import numpy
 import torch
 
+from .. import labelled_grid
 from ..errors import LongCatError
 from ..training import contact_sheet, dataset, sources
 from ..training.dataset import CountTokens, Dataset, DatasetSettings
@@ -79,7 +79,7 @@ def from_images(
 
 
 def _shown(made: Dataset) -> tuple[Dataset, torch.Tensor, str]:
-    sheet = torch.from_numpy(numpy.array(contact_sheet.draw(made))).float()[None] / 255
+    sheet = labelled_grid.as_tensor(contact_sheet.draw(made))
     for line in listed(made.problems, MOST_LOGGED):
         logger.warning("%s: %s", NODE, line)
     return made, sheet, f"{made.report()}\n\n{contact_sheet.legend(made)}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 from PIL import Image, ImageDraw
 
@@ -17,6 +18,7 @@ MARGIN = 8
 TEXT = 14
 LINE = TEXT + 4
 LINES = 8
+LONGEST_CAPTION = 300  # characters, in the legend
 
 _BACKGROUND, _INK, _QUIET = (24, 24, 24), (235, 235, 235), (150, 150, 150)
 _WARNING, _SKIPPED = (255, 170, 60), (255, 95, 85)
@@ -69,9 +71,11 @@ def _height(row: Sequence[Tile]) -> int:
 
 
 def legend(dataset: Dataset) -> str:
-    """The sheet's numbers with names and captions, one a line."""
+    """The sheet's numbers with names and the beginnings of captions, one a line."""
     shown = dataset.items[:MOST_ITEMS]
-    return "\n".join(f"{index}: {item.name}: {item.caption}" for index, item in enumerate(shown, start=1))
+    texts = [shorten(item.caption, LONGEST_CAPTION, placeholder="…") for item in shown]
+    lines = zip(shown, texts, strict=True)
+    return "\n".join(f"{index}: {item.name}: {text}" for index, (item, text) in enumerate(lines, start=1))
 
 
 def _head(dataset: Dataset, letters: Fonts) -> Iterator[str]:

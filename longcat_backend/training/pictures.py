@@ -28,6 +28,7 @@ LARGEST_PIXELS = 100_000_000
 # A mask never wholly switches a place off: what is not looked at drifts.
 MASK_FLOOR = 0.05
 
+_ORIENTATION = 0x0112  # EXIF's tag
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -185,7 +186,8 @@ def _noticed(image: Image.Image) -> tuple[str, ...]:
 
 def _rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     """RGB with the orientation mark still on it, and whether something shone through to the white behind it."""
-    orientation = image.getexif()
+    image.load()  # Pillow turns TIFF files by itself then, and takes their mark away
+    orientation = image.getexif().get(_ORIENTATION, 1)
     if image.mode in _SIXTEEN_BITS:
         converted, transparent = _from_16_bits(image).convert("RGB"), False
     elif image.mode == "F":
@@ -197,8 +199,10 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     else:
         converted, transparent = image.convert("RGB"), False
     converted.info.pop("exif", None)
-    if orientation:
-        converted.info["exif"] = orientation.tobytes()
+    if orientation != 1:
+        mark = Image.Exif()
+        mark[_ORIENTATION] = orientation
+        converted.info["exif"] = mark.tobytes()
     return converted, transparent
 
 

@@ -45,11 +45,9 @@ def resolve_folder(name: str, roots: Sequence[Path]) -> Path:
             folders elsewhere.
     """
     text = name.strip()
-    for root in (*roots, *(root.resolve() for root in roots)):
+    for root in roots:
         place = Path(os.path.normpath(root / text)) if text and "\0" not in text else None
-        # The path is looked at before the disk is: to resolve a network path would already be to reach for it.
-        below = place is not None and place.is_relative_to(os.path.normpath(root))
-        if place is not None and below and inside(place, roots) and place.is_dir():
+        if place is not None and inside(place, roots) and place.is_dir():
             return place.resolve()
     places = ", ".join(map(str, roots))
     raise LongCatError(
@@ -63,10 +61,14 @@ def resolve_folder(name: str, roots: Sequence[Path]) -> Path:
 
 
 def inside(path: Path, roots: Sequence[Path]) -> bool:
-    """Whether a path, with all links followed, lies below a root."""
+    """Whether a path lies below a root, as it is written and with all links followed."""
+    real_roots = [root.resolve() for root in roots]
+    written = Path(os.path.normpath(path))
+    # As written first: to resolve a network path would already be to reach for it.
+    if not any(written.is_relative_to(os.path.normpath(root)) for root in (*roots, *real_roots)):
+        return False
     try:
-        real = path.resolve()
-        return any(real.is_relative_to(root.resolve()) for root in roots)
+        return any(path.resolve().is_relative_to(root) for root in real_roots)
     except (OSError, RuntimeError):  # a loop of links
         return False
 
@@ -152,6 +154,12 @@ class _Companions:
     """Pictures of the same names in the folders for references and masks."""
 
     def __init__(self, folder: Path, files: Sequence[Path], reference_folder: Path | None) -> None:
+        if reference_folder == folder:
+            raise LongCatError(
+                f"The folder and the reference folder are both '{folder.name}'. Put the pictures before the edit into "
+                "a folder of their own.",
+                f"图像文件夹与参考图文件夹都是“{folder.name}”。请把编辑前的图像放入单独的文件夹。",
+            )
         self._folders: tuple[Path, ...] = (folder / REFERENCES, folder / MASKS)
         references = reference_folder or self._folders[0]
         outside = _files(reference_folder) if reference_folder else files
@@ -178,7 +186,8 @@ class _Reader:
 
     def add_row(self, row: Row, table: str) -> None:
         """A line of the table."""
-        places = [Path(os.path.normpath(self._folder / name)) for name in (row.file, row.reference, row.mask) if name]
+        names = [name.replace("\\", "/") for name in (row.file, row.reference, row.mask) if name]
+        places = [Path(os.path.normpath(self._folder / name)) for name in names]
         self.named.update(places)
         for path in places:
             if not inside(path, self._roots):
@@ -212,7 +221,9 @@ class _Reader:
             self.problems.append(Problem(name, "outside"))
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self._folder).as_posix() if path.is_relative_to(self._folder) else path.name
+        name = path.relative_to(self._folder).as_posix() if path.is_relative_to(self._folder) else path.name
+        # Half characters, of names in another encoding than the system's, cannot be shown.
+        return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _files(folder: Path) -> list[Path]:

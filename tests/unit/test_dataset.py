@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,21 @@ def test_the_official_table_of_pairs_is_read(folder: Path, read: Read) -> None:
     reference = made.items[0].reference_pixels()
     assert made.edits and reference is not None
     assert reference[0, :, 0, 0].tolist() == [-1, -1, 1]
+
+
+def test_a_table_written_on_windows_is_read(folder: Path, read: Read) -> None:
+    add(folder, "sub/a.png", None)
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbffile_name,text\r\nsub\\a.png,one\r\n")
+    assert captions_of(read()) == {"sub/a.png": "one"}
+
+
+def test_a_name_in_another_encoding_can_be_shown(folder: Path, read: Read) -> None:
+    path = folder / os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (64, 64)).save(path)
+    path.with_suffix(".txt").write_text("a caption", encoding="utf-8")
+    made = read()
+    assert captions_of(made) == {"caf\\udce9.png": "a caption"}
+    assert f"{made.report()}{contact_sheet.legend(made)}".encode()
 
 
 def test_a_picture_may_have_several_captions_in_a_table(folder: Path, read: Read) -> None:
@@ -310,6 +326,12 @@ def test_a_pair_without_its_half_or_with_a_broken_one_is_left_out(folder: Path, 
     made = read(reference_folder="before")
     assert [item.name for item in made.items] == ["a.png", "d.png"]
     assert kinds(made) == {"b.png": {"no reference"}, "c.png": {"bad reference"}, "d.png": {"other ratio"}}
+
+
+def test_one_folder_is_not_both_halves_of_the_pairs(folder: Path, read: Read) -> None:
+    add(folder, "a.png")
+    with pytest.raises(LongCatError, match="both 'pictures'"):
+        read(reference_folder="pictures")
 
 
 def test_a_mask_of_another_ratio_is_left_out(folder: Path, read: Read) -> None:

@@ -7,16 +7,17 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..quantisation import leaves
-from .offload import apply_offload
+from .offload import apply_offload, groups, recomputing
 from .settings import TrainSettings
 
 _SAMPLED = 64  # values of each tensor that enter a model's identity
@@ -60,14 +61,32 @@ def set_checkpointing(transformer: Any, mode: str) -> None:
     if mode == "none":
         transformer.disable_gradient_checkpointing()
         return
-    transformer.enable_gradient_checkpointing(_recomputed)
+    transformer.enable_gradient_checkpointing(_Recomputed(transformer))
     for switches in (transformer.use_checkpoint, transformer.use_single_checkpoint):
         switches[:] = [mode == "block" or index % 2 == 0 for index in range(len(switches))]
 
 
-def _recomputed(block: nn.Module, *inputs: Any) -> Any:
-    # Nothing in a block is random, so no state of a generator has to be kept.
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+class _Recomputed:
+    """Calls a block so that it is computed again in the backward pass, and lets an offload know when it is."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        self.offloaded = any(True for _ in groups(transformer))
+
+    def __call__(self, block: nn.Module, *inputs: Any) -> Any:
+        # Nothing in a block is random. One that is moved has to be computed to its end, where it is moved away again.
+        compute = self._moved(block) if self.offloaded else block
+        with set_checkpoint_early_stop(not self.offloaded):
+            return checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def _moved(self, block: nn.Module) -> Callable[..., Any]:
+        calls = count()
+
+        def compute(*inputs: Any) -> Any:
+            with recomputing(self.transformer, block) if next(calls) else nullcontext():
+                return block(*inputs)
+
+        return compute
 
 
 def compile_blocks(transformer: Any, settings: TrainSettings) -> None:

@@ -5,6 +5,7 @@ to the first, where the plan would fetch the wrong neighbour and leave it on the
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,31 @@ def groups(transformer: nn.Module) -> Iterator[Any]:
         hook = _hook(module)
         if hook is not None:
             yield hook.group
+
+
+@contextmanager
+def recomputing(transformer: Any, block: nn.Module) -> Iterator[None]:
+    """While a block is computed again for its gradients, fetch the block before it and not the one after it."""
+    own = [hook for hook in map(_hook, block.modules()) if hook is not None]
+    inside = [hook.group for hook in own]
+    leaving = [hook for hook in own if hook.next_group is not None and hook.next_group not in inside]
+    planned = [hook.next_group for hook in leaving]
+    before = _before(transformer, block)
+    for hook in leaving:
+        hook.next_group = before
+    try:
+        yield
+    finally:
+        for hook, group in zip(leaving, planned, strict=True):
+            hook.next_group = group
+
+
+def _before(transformer: Any, block: nn.Module) -> Any:
+    """The group of the block before one, at block level; leaves have none for a whole block."""
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    place = blocks.index(block)
+    hook = _hook(blocks[place - 1]) if place else None
+    return None if hook is None else hook.group
 
 
 def _hook(module: nn.Module) -> Any:

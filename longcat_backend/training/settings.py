@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import LongCatError
 from ..memory import GroupOffload
+from ..precision import PRESETS
+from ..quantisation import check_group_offload
 
 TARGETS = ("attention", "official", "all")
 OPTIMISERS = ("adamw", "adamw-8bit", "prodigy", "lion")
@@ -98,6 +100,7 @@ class TrainSettings:
         offload = self.group_offload()
         if offload is not None:
             offload.check()
+            check_group_offload(PRESETS[self.base_precision], disk=False)
 
     @property
     def effective_alpha(self) -> float:

@@ -1,0 +1,38 @@
+"""The frozen model that adapters are trained beside, in its base precision."""
+
+import torch
+from torch import nn
+
+from .. import precision, quantisation
+from ..checkpoints import Checkpoint
+from ..quantisation import Progress
+from ..transformer import VelocityModel, load_transformer
+
+
+def load_base(
+    checkpoint: Checkpoint, base_precision: str, device: torch.device, progress: Progress = lambda done, total: None
+) -> VelocityModel:
+    """The transformer of a checkpoint for :func:`loop.train`, on the CPU.
+
+    Args:
+        base_precision: one of ``settings.BASE_PRECISIONS``.
+        device: where the model will be trained; layers are quantised there, one at a time.
+        progress: called with (layers quantised, layers in all).
+
+    Raises:
+        LongCatError: see :func:`transformer.load_transformer` and :func:`quantisation.quantise`.
+    """
+    preset = precision.PRESETS[base_precision]
+    with torch.inference_mode(False):
+        model = load_transformer(checkpoint, preset.dtype or torch.bfloat16)
+        if preset.backend:
+            quantisation.quantise(model.transformer, "transformer", preset, device, progress)
+            let_gradients_through(model.transformer)
+    return model
+
+
+def let_gradients_through(transformer: nn.Module) -> None:
+    """Let products with torchao's fp8 weights take activations as they are; the fp8 product has no backward pass."""
+    for layer in transformer.modules():
+        if isinstance(layer, nn.Linear) and getattr(layer.weight, "act_quant_kwargs", None) is not None:
+            layer.weight.act_quant_kwargs = None

@@ -51,7 +51,7 @@ def graph() -> Graph:
     encode = {"clip": ["1", 1], "vae": ["1", 2], "image": ["2", 0], "prompt": PROMPT, "negative_prompt": ""}
     size = {"size": "custom", "size.width": SIZE[0], "size.height": SIZE[1]}
     sample = {"model": ["1", 0], "positive": ["3", 0], "negative": ["3", 1], "latent": ["3", 2], "seed": SEED}
-    settings = {"steps": STEPS, "guidance": 4.5, "renorm": False, "renorm_min": 0.0, "denoise": 1.0}
+    settings = {"steps": STEPS, "guidance": 4.5, "renorm": True, "renorm_min": 0.0, "denoise": 1.0}
     return {
         "1": {"class_type": "LongCatLoader", "inputs": loader},
         "2": {"class_type": "LoadImage", "inputs": {"image": PICTURE}},

@@ -89,6 +89,16 @@ def custom_sampler(graph: Graph) -> Graph:
     return copy
 
 
+def k_sampler(graph: Graph) -> Graph:
+    """The graph with core's KSampler in place of LongCatSampler (node 5)."""
+    copy = deepcopy(graph)
+    inputs = copy["5"]["inputs"]
+    settings = {key: inputs[key] for key in ("model", "positive", "negative", "seed", "steps", "denoise")}
+    euler = {"cfg": inputs["guidance"], "sampler_name": "euler", "scheduler": "simple"}
+    copy["5"] = {"class_type": "KSampler", "inputs": {**settings, **euler, "latent_image": inputs["latent"]}}
+    return copy
+
+
 def from_picture(graph: Graph, colour: int, size: int = 128) -> Graph:
     """The text-to-image graph with a picture of one colour, encoded by core's VAEEncode, as its latent."""
     copy = deepcopy(graph)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -55,8 +55,10 @@ def test_core_samplers_edit_alike(server: ComfyServer, graph: Graph, engine: str
     assert relative_error(graphs.saved_latent(server, graph, "5"), expected) <= 1e-4
 
 
+@pytest.mark.parametrize("sampler", ["LongCatSampler", "KSampler"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_masked_edit_keeps_the_outside(server: ComfyServer, graph: Graph, engine: str) -> None:
+def test_a_masked_edit_keeps_the_outside(server: ComfyServer, graph: Graph, engine: str, sampler: str) -> None:
+    """But for the rounding of ComfyUI's scale for latents, there and back."""
     graph = graphs.changed(graph, **{"1.engine": engine})
     width, height = edit_graph.SIZE
     graph["outside"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": width, "height": height}}
@@ -69,9 +71,10 @@ def test_a_masked_edit_keeps_the_outside(server: ComfyServer, graph: Graph, engi
     canvas = deepcopy(graph)
     canvas["latent"] = {"class_type": "SaveLatent", "inputs": {"samples": ["3", 2], "filename_prefix": "latents/test"}}
     before = graphs.read_latent(server, server.run(canvas), "latent")
-    after = graphs.saved_latent(server, graphs.changed(graph, **{"5.latent": ["masked", 0]}), "5")
+    masked = graphs.changed(graph, **{"5.latent": ["masked", 0]})
+    after = graphs.saved_latent(server, graphs.k_sampler(masked) if sampler == "KSampler" else masked, "5")
     half = width // 16
-    assert torch.allclose(after[..., half:], before[..., half:], atol=1e-5)
+    assert torch.allclose(after[..., half:], before[..., half:], rtol=0, atol=1e-6)
     assert (after[..., :half] - before[..., :half]).abs().mean() > 0.1
 
 
@@ -97,4 +100,22 @@ def test_a_size_off_the_grid_is_refused_before_anything_is_loaded(server: ComfyS
 
 def test_a_text_to_image_checkpoint_edits_with_a_warning(server: ComfyServer, graph: Graph) -> None:
     graphs.saved_latent(server, graphs.changed(graph, **{"1.checkpoint": "LongCat-Tiny", "5.steps": 1}), "5")
-    assert "LongCatEditEncode: the checkpoint is LongCat-Image final" in server.log_text()
+    for node in ("LongCatEditEncode", "LongCatSampler"):
+        assert f"{node}: the checkpoint is LongCat-Image final, which draws from text" in server.log_text()
+
+
+def test_an_edit_checkpoint_draws_from_text_with_a_warning(
+    server: ComfyServer, edit_folder: Path, api_workflow: Callable[[str], Graph]
+) -> None:
+    drawing = graphs.changed(api_workflow("text_to_image"), **{"1.checkpoint": edit_folder.name, "5.steps": 1})
+    assert server.run(drawing).images
+    for node in ("LongCatTextEncode", "LongCatSampler"):
+        assert f"{node}: the checkpoint is LongCat-Image edit, which edits a given picture" in server.log_text()
+
+
+def test_flavour_defaults_take_the_place_of_the_settings_and_are_shown(server: ComfyServer, graph: Graph) -> None:
+    settings = {"5.flavour_defaults": True, "5.steps": 2, "5.guidance": 1.0}
+    result = server.run(graphs.with_latent_saved(graphs.changed(graph, **settings), "5"))
+    assert max(graphs.progress_steps(result)) == 50
+    told = [event.data["text"] for event in result.events if event.type == "progress_text"]
+    assert "edit: steps 步数 50, guidance 引导强度 4.5" in told

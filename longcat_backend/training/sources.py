@@ -22,6 +22,7 @@ from .problems import Problem, UnusablePicture
 MASKS = "masks"
 REFERENCES = "references"
 MOST_FILES = 100_000
+MOST_NAMED = 20
 
 Content: TypeAlias = Path | torch.Tensor
 
@@ -50,13 +51,13 @@ def resolve_folder(name: str, roots: Sequence[Path]) -> Path:
         if place is not None and inside(place, roots) and place.is_dir():
             return place.resolve()
     places = ", ".join(map(str, roots))
+    there = ", ".join(_some_folders(roots)) or "-"
     raise LongCatError(
-        f"There is no folder '{name}' below the folders that may be read: {places}. Put the pictures into a folder in "
-        "ComfyUI's input folder and write its name, or have the machine's owner list another place in the environment "
-        "variable LONGCAT_DATASET_ROOTS.",
-        f"在允许读取的位置（{places}）下没有文件夹“{name}”。请把图像放入 ComfyUI 的 input 文件夹下的"
-        "一个文件夹并填写其名称，"
-        "或由机器所有者在环境变量 LONGCAT_DATASET_ROOTS 中列出其他位置。",
+        f"There is no folder '{name}' below the folders that may be read: {places}. Found there: {there}. Put the "
+        "pictures into a folder in ComfyUI's input folder and write its name, or have the machine's owner list another "
+        "place in the environment variable LONGCAT_DATASET_ROOTS.",
+        f"在允许读取的位置（{places}）下没有文件夹“{name}”。现有：{there}。请把图像放入 ComfyUI 的 input 文件夹下的"
+        "一个文件夹并填写其名称，或由机器所有者在环境变量 LONGCAT_DATASET_ROOTS 中列出其他位置。",
     )
 
 
@@ -243,6 +244,12 @@ def _files(folder: Path) -> list[Path]:
                 f"“{folder.name}”中的文件超过 {MOST_FILES:,} 个。请直接选择存放图像的文件夹，或将其拆分。",
             )
     return found
+
+
+def _some_folders(roots: Sequence[Path]) -> list[str]:
+    """Names of the first folders directly below some roots."""
+    found = [place for root in roots if root.is_dir() for place in root.iterdir() if place.is_dir()]
+    return sorted(place.name for place in found if not place.name.startswith("."))[:MOST_NAMED]
 
 
 def _by_name(folder: Path, files: Sequence[Path]) -> dict[PurePosixPath, Path]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from host.bad_input import Graph, check_sentence, pixels
+from host.bad_input import GOOD, Graph, check_sentence, pixels
 from longcat_pack.tools.host import ComfyServer
 from longcat_pack.tools.results import NodeFailed, PromptRejected
 
@@ -73,6 +73,14 @@ def test_the_folder_is_read_again_when_a_file_changed_and_only_then(server: Comf
     (folder / "0.txt").write_text("another caption, longer", encoding="utf-8")
     result = server.run(from_folder(folder.name))
     assert "another caption" in result.outputs["report"]["text"][0]
+
+
+def test_with_a_clip_long_captions_are_found(server: ComfyServer, folder: Path) -> None:
+    (folder / "0.txt").write_text("a red circle beside a blue square, " * 100, encoding="utf-8")
+    loader = {"class_type": "LongCatLoader", "inputs": {**GOOD["1"]["inputs"], "checkpoint": "LongCat-Tiny"}}
+    result = server.run({"1": loader, **from_folder(folder.name, clip=["1", 1])})
+    text = result.outputs["report"]["text"][0]
+    assert text.count("over 512 tokens") == 1 and "0.png has a caption over 512 tokens" in text
 
 
 def batch(count: int = 2) -> Graph:

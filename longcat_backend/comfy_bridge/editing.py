@@ -110,16 +110,17 @@ def embed(clip: comfy.sd.CLIP, canvas: Image.Image, prompt: str) -> torch.Tensor
     return embeddings[0]
 
 
-def require_one_reference(*conditionings: Any) -> None:
+def require_one_reference(*conditionings: Iterable[Mapping[str, Any]] | None) -> None:
     """Refuse conditionings with several reference images.
+
+    Args:
+        conditionings: the values of each, as for :func:`has_reference`.
 
     Raises:
         LongCatError: there is more than one.
     """
-    most = max(
-        (len(values.get("reference_latents") or ()) for cond in conditionings for _, values in cond or ()), default=0
-    )
-    if most > 1:
+    counts = [len(values.get("reference_latents") or ()) for conds in conditionings for values in conds or ()]
+    if (most := max(counts, default=0)) > 1:
         raise several_references(most)
 
 

@@ -44,7 +44,12 @@ class Guidance:
     def skip_unguided(
         self, executor: Any, model: Any, conds: list[Any], x: torch.Tensor, sigma: torch.Tensor, options: Any
     ) -> Any:
-        """ComfyUI's CALC_COND_BATCH wrapper: no unconditional forward where it would not be used."""
+        """ComfyUI's CALC_COND_BATCH wrapper: no unconditional forward where it would not be used, and no second picture.
+
+        Raises:
+            LongCatError: there are several reference images.
+        """
+        editing.require_one_reference(*conds)
         if len(conds) == 2 and not self.active(sigma):
             conds = [conds[0], None]
         return executor(model, conds, x, sigma, options)

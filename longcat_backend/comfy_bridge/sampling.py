@@ -95,7 +95,7 @@ def sample(
         LongCatError: the latent holds NaN or infinity, or there are several reference images.
     """
     latents.check_finite(latent["samples"])
-    editing.require_one_reference(positive, negative)
+    editing.require_one_reference(*([values for _, values in conds or ()] for conds in (positive, negative)))
     euler = comfy.samplers.sampler_object("euler")
     output = SamplerCustom.execute(model, True, seed, max(guidance, 1.0), positive, negative, euler, sigmas, latent)
     result: dict[str, Any] = output.args[0]

@@ -87,9 +87,12 @@ def test_a_batch_is_edited_picture_by_picture(server: ComfyServer, graph: Graph)
     assert relative_error(both[:1], single) <= 1e-4
 
 
-def test_a_second_reference_is_refused_with_the_reason(server: ComfyServer, graph: Graph) -> None:
+@pytest.mark.parametrize("make", [graphs.custom_sampler, lambda graph: graph], ids=["core", "ours"])
+def test_a_second_reference_is_refused_with_the_reason(
+    server: ComfyServer, graph: Graph, make: Callable[[Graph], Graph]
+) -> None:
     graph["second"] = {"class_type": "ReferenceLatent", "inputs": {"conditioning": ["3", 0], "latent": ["3", 2]}}
-    graph = graphs.with_latent_saved(graphs.changed(graph, **{"5.positive": ["second", 0]}), "5")
+    graph = graphs.with_latent_saved(make(graphs.changed(graph, **{"5.positive": ["second", 0]})), "5")
     failed(server, graph, "5", ["2 reference images", "official pipeline takes one"])
 
 

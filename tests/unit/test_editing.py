@@ -157,10 +157,10 @@ def test_a_second_reference_is_refused_when_sampling(comfy_dir: Path) -> None:
     from longcat_pack.longcat_backend.comfy_bridge import editing as bridge
 
     latent = torch.zeros(1, 16, 8, 8)
-    plain, one = [[None, {}]], [[None, {"reference_latents": [latent]}]]
-    bridge.require_one_reference(plain, one)
+    plain, one = [{}], [{"reference_latents": [latent]}]
+    bridge.require_one_reference(plain, one, None)
     with pytest.raises(LongCatError, match="2 reference images.*official pipeline takes one"):
-        bridge.require_one_reference([[None, {"reference_latents": [latent] * 2}]], plain)
+        bridge.require_one_reference([{"reference_latents": [latent] * 2}], plain)
 
 
 def test_pictures_in_a_node_of_another_model_are_not_left_out_silently(parts: Any) -> None:

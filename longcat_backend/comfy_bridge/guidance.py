@@ -44,7 +44,7 @@ class Guidance:
     def skip_unguided(
         self, executor: Any, model: Any, conds: list[Any], x: torch.Tensor, sigma: torch.Tensor, options: Any
     ) -> Any:
-        """ComfyUI's CALC_COND_BATCH wrapper: no unconditional forward where it would not be used, and no second picture.
+        """ComfyUI's CALC_COND_BATCH wrapper: no unconditional forward where it would not be used, no second picture.
 
         Raises:
             LongCatError: there are several reference images.

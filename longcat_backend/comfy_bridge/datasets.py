@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def roots() -> list[Path]:
-    """Folders below which training pictures may lie: ComfyUI's input folder, then those of LONGCAT_DATASET_ROOTS."""
-    return [Path(folder_paths.get_input_directory()), *_listed_roots(os.environ.get(ROOTS_VARIABLE, ""))]
+    """Folders below which training pictures may lie: ComfyUI's input folder, the owner's, and the demo's."""
+    listed = _listed_roots(os.environ.get(ROOTS_VARIABLE, ""))
+    return [Path(folder_paths.get_input_directory()), *listed, host.PACK_ROOT / "demo" / "datasets"]
 
 
 def check(settings: DatasetSettings, folders: Sequence[str]) -> None:

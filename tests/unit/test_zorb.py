@@ -2,8 +2,10 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from scoring import scenes, zorb
 
@@ -42,3 +44,12 @@ def test_training_and_held_out_scenes_differ() -> None:
     assert len(shown) == 16 and len(asked) == 14 and not shown & asked
     assert {scene.place for scene in shown} == set(scenes.PLACES)
     assert {scene.background for scene in shown} == set(zorb.BACKGROUNDS)
+
+
+def test_the_demo_dataset_is_what_is_drawn_here(pack_dir: Path) -> None:
+    folder = pack_dir / "demo" / "datasets" / "zorb"
+    pairs = zorb.training_pairs()
+    assert len(list(folder.iterdir())) == 2 * len(pairs)
+    for number, (picture, caption, _) in enumerate(pairs):
+        np.testing.assert_array_equal(np.asarray(Image.open(folder / f"{number:02}.png")), picture)
+        assert (folder / f"{number:02}.txt").read_text(encoding="utf-8").strip() == caption

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers import LongCatImagePipeline
 
-from tests.scoring.characters import CHARACTERS, without_quotes
+from tests.scoring.characters import CHARACTERS
 from tests.scoring.scenes import CHARACTER_SIZE, LANGUAGES, PALETTE, Scene, caption, ink_colour, training_scenes
 from tools.tiny.conditioning import TokenRows, tokenize
 from tools.tiny.pictures import LARGE, PLACEMENTS, paint, palette
@@ -17,7 +17,6 @@ from tools.tiny.sampling import pack
 from tools.tiny.vae import encode_means
 
 PROMPT_WIDTH = 48  # tokens of prompt and pads in a training row; the longest caption has 41
-UNQUOTED_ONE_IN = 8  # of the captions with a character also comes without quotes, for a picture without it
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,15 @@ class Sizes:
 class Examples:
     """What the device holds. Row i shows one of the pictures `first[i]` to `first[i] + count[i] - 1`.
 
-    Rows come in three kinds, one behind the other: scenes without a character, with a quoted one that is drawn, and
-    with an unquoted one that is not. `kinds` are where they end. The last row is the empty prompt.
+    The first `plain` rows are of scenes without a character, the others of scenes with one. The last row is the empty
+    prompt.
     """
 
     latents: torch.Tensor  # (pictures, 64 tokens, 64 channels) bf16, scaled
     rows: TokenRows
     first: torch.Tensor  # (N,) int64
     count: torch.Tensor  # (N,) int64
-    kinds: tuple[int, int, int]
+    plain: int
 
 
 @torch.no_grad()
@@ -86,30 +85,17 @@ def prepare_examples(pipeline: LongCatImagePipeline, masks: torch.Tensor, inks: 
     texts = [caption(s, lang, rng) for s in scenes for lang in LANGUAGES for _ in range(sizes.captions)]
     first = [scene * jitters for scene in range(len(scenes)) for _ in range(len(LANGUAGES) * sizes.captions)]
     count = [jitters] * len(texts)
-    kinds = [len(texts)]
-    bare: list[tuple[str, int]] = []
-    base = len(scenes) * jitters
-    for index, scene in enumerate(scenes):
+    plain, base = len(texts), len(scenes) * jitters
+    for scene in scenes:
         for character in CHARACTERS if scene.size == CHARACTER_SIZE else "":
             written = replace(scene, character=character)
             own = [caption(written, lang, rng) for lang in LANGUAGES for _ in range(sizes.character_captions)]
-            bare += [(without_quotes(text), index * jitters) for text in own if rng.randrange(UNQUOTED_ONE_IN) == 0]
             texts += own
             first += [base] * len(own)
             count += [sizes.character_pictures] * len(own)
             base += sizes.character_pictures
-    kinds.append(len(texts))
-    texts += [text for text, _ in bare]
-    first += [place for _, place in bare]
-    count += [jitters] * len(bare)
     rows = tokenize(pipeline, [*texts, ""], PROMPT_WIDTH).to(device)
     latents = _picture_latents(pipeline, scenes, masks, inks, sizes.character_pictures)
     if len(latents) != base:
         raise ValueError(f"expected {base} pictures, made {len(latents)}")
-    return Examples(
-        latents,
-        rows,
-        torch.tensor(first, device=device),
-        torch.tensor(count, device=device),
-        (kinds[0], kinds[1], len(texts)),
-    )
+    return Examples(latents, rows, torch.tensor(first, device=device), torch.tensor(count, device=device), plain)

@@ -26,7 +26,6 @@ from tools.tiny.vae import cosine
 
 EMPTY_PROMPT_SHARE = 0.1
 CHARACTER_SHARE = 0.45  # of the rows show a character
-UNQUOTED_SHARE = 0.05  # ask for one without quotes, and show none
 GRAPH_WARMUP = 3
 
 
@@ -155,13 +154,11 @@ class FlowTrainer:
     def _batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, TokenRows, torch.Tensor]:
         """Noisy tokens (B, 64, 64), sigma (B,), token rows and the velocity noise - x0, drawn on the device."""
         examples, device = self.examples, self.device
-        plain, written, unquoted = examples.kinds
-        kind = torch.rand(size, device=device)
+        plain, rows = examples.plain, len(examples.first)
         row = torch.randint(plain, (size,), device=device)
-        if unquoted > written:
-            row = torch.where(kind < UNQUOTED_SHARE, torch.randint(written, unquoted, (size,), device=device), row)
-        if written > plain:
-            row = torch.where(kind > 1 - CHARACTER_SHARE, torch.randint(plain, written, (size,), device=device), row)
+        if rows > plain:
+            written = torch.rand(size, device=device) < CHARACTER_SHARE
+            row = torch.where(written, torch.randint(plain, rows, (size,), device=device), row)
         count = examples.count[row]
         picture = torch.minimum((torch.rand(size, device=device) * count).long(), count - 1)
         clean = examples.latents[examples.first[row] + picture].float()
@@ -245,7 +242,7 @@ class FlowTrainer:
         count = self.settings.score_prompts
         shares = score(*self.draw(count))
         pairs = held_out_character_prompts(count, count)
-        if self.examples.kinds[1] > self.examples.kinds[0]:
+        if len(self.examples.first) > self.examples.plain:
             pictures = sample(self.twin, [prompt for prompt, _ in pairs], slots=self.slots)
             shares["character"] = score_characters(pictures, [scene for _, scene in pairs])
         if self.conversations:

@@ -165,6 +165,8 @@ def _whole_class() -> Any:
 
         def add_hook_patches(self, hook: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:
             """Refuse: side branches stay the same while it samples."""
+            if patch_keys.is_transformer(self.model):
+                patches = patch_keys.translated(self.model, patches)
             _refuse_patches(self.model, patches)
             return super().add_hook_patches(hook, patches, *args, **kwargs)
 
@@ -202,9 +204,10 @@ def _refuse_patches(model: nn.Module, patches: Any) -> None:
     """Patches on weights of this kind would change nothing, and say nothing."""
     if any(patch_keys.names_layer(model, key) for key in patches):
         raise LongCatError(
-            "A LoRA cannot be applied to the weights of this precision. Choose bf16, or fp8 or int8 of the "
-            "core engine, in LongCatLoader.",
-            "该精度的权重无法应用 LoRA。请在 LongCatLoader 中选择 bf16，或 core 引擎的 fp8、int8。",
+            "Weights of this precision or offload cannot be patched, nor changed while it samples. Choose bf16, or "
+            "fp8 or int8 of the core engine, in LongCatLoader.",
+            "该精度或卸载方式的权重无法打补丁，也不能在采样过程中改变。"
+            "请在 LongCatLoader 中选择 bf16，或 core 引擎的 fp8、int8。",
         )
 
 

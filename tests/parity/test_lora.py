@@ -234,6 +234,17 @@ def test_loras_add_up(kind: Kind, plain: Any, model: Any, velocity: Any, inputs:
     assert (velocity(stacked) - expected).abs().max() <= MOST
 
 
+def test_another_strength_moves_no_weights(plain: Any, model: Any, velocity: Any, tmp_path: Path) -> None:
+    """Quantised weights are moved as one piece, gigabytes of them, and a LoRA does not touch them."""
+    lora_files.write(tmp_path / "ours.safetensors", random_adapters(plain), dtype=torch.float32)
+    bare = model(BESIDE)
+    velocity(bare)
+    weight = bare.model.diffusion_model.velocity.transformer.transformer_blocks[0].attn.to_q.weight
+    for strength in (0.3, 0.6):
+        velocity(apply(bare, tmp_path / "ours.safetensors", strength))
+        assert bare.model.diffusion_model.velocity.transformer.transformer_blocks[0].attn.to_q.weight is weight
+
+
 # Dialects whose keys core's loader finds, by what the layers of the MODEL are called.
 FOUND_ON_OFFICIAL = {
     "transformer, alpha tensors",
@@ -367,7 +378,32 @@ def test_what_cannot_run_beside_weights_is_refused(plain: Any, model: Any) -> No
         model(EXACT[2]).clone().add_patches({"diffusion_model.double_blocks.7.img_attn.proj.weight": dora})
 
 
-def test_a_bypass_of_the_table_is_not_needed(plain: Any, model: Any, velocity: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [EXACT[0], EXACT[2], BESIDE], ids=lambda kind: " ".join(map(str, kind)))
+def test_a_lora_that_comes_and_goes_while_it_samples_arrives_or_is_refused(
+    kind: Kind, plain: Any, model: Any, tmp_path: Path
+) -> None:
+    """Core's hooks, as of Create Hook LoRA."""
+    import comfy.hooks
+    import comfy.lora
+    import comfy.utils
+
+    path, _ = foreign("transformer, alpha tensors", plain.transformer, tmp_path, without="time_embed")
+    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    patched = model(kind).clone()
+    patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(patched.model, {}))
+    hook = comfy.hooks.WeightHook()
+    if kind == BESIDE:
+        with pytest.raises(LongCatError, match="while it samples"):
+            patched.add_hook_patches(hook, patches)
+        return
+    patched.add_hook_patches(hook, patches)
+    (found,) = patched.hook_patches.values()
+    assert sum(len(patches) for patches in found.values()) == len(linear_shapes(plain.transformer)) - 2
+    with pytest.raises(LongCatError, match="found no layer of this model"):
+        patched.add_hook_patches(hook, {})
+
+
+def test_tabulated_layers_are_changed_too(plain: Any, model: Any, velocity: Any, tmp_path: Path) -> None:
     """A LoRA on modulation layers alone changes their tabulated rows, beside quantised weights too."""
     only = [adapter for adapter in random_adapters(plain) if ".norm" in adapter.module or "norm_out" in adapter.module]
     assert only

@@ -48,7 +48,7 @@ ROWS: list[dict[str, Any]] = [
     {"base_precision": "fp8-torchao", "checkpointing": "block"},
     {"base_precision": "fp8-torchao", "checkpointing": "block", "compile": True},
     {"base_precision": "int4-quanto", "checkpointing": "block"},
-    {"checkpointing": "block", "offload": "block", "compile": True},
+    {"checkpointing": "block", "offload": "leaf"},
     {"base_precision": "fp8-torchao", "checkpointing": "block", "offload": "block"},
 ]
 

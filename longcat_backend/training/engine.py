@@ -90,9 +90,9 @@ class _Recomputed:
 
 
 def compile_blocks(transformer: Any, settings: TrainSettings) -> None:
-    """Compile each kind of block once; a block that is moved while it computes cannot be one graph."""
+    """Compile each kind of block once, where the settings ask for it."""
     if settings.compile:
-        transformer.compile_repeated_blocks(fullgraph=settings.offload == "none")
+        transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def attention(device: torch.device) -> AbstractContextManager[None]:

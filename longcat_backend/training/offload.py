@@ -19,23 +19,34 @@ _HOOK = "group_offloading"
 
 
 def apply_offload(transformer: nn.Module, offload: GroupOffload, device: torch.device, folder: Path) -> None:
-    """Hook a transformer that has adapters; its weights are on the CPU, the adapters end on the device.
+    """Hook a transformer that has adapters, on the CPU; all but the weights of frozen layers end on the device.
 
     Raises:
         LongCatError: see :meth:`memory.GroupOffload.apply`.
     """
     offload.apply(transformer, device, folder)
-    adapters = {
-        parameter
-        for layer in transformer.modules()
-        if isinstance(layer, LoraLayer)
-        for parts in (layer.lora_A, layer.lora_B)
-        for parameter in parts.parameters()
-    }
+    moved = _movable(transformer)
     for group in groups(transformer):
-        _keep_out(group, adapters)
-    for parameter in adapters:
-        parameter.data = parameter.data.to(device)
+        _leave(group, moved)
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        if tensor not in moved:
+            tensor.data = tensor.data.to(device)
+
+
+def _movable(transformer: nn.Module) -> set[nn.Parameter]:
+    """Weights that may leave the device between a block's forward and its backward pass: those of frozen linear layers.
+
+    Of these autograd keeps the copy that was multiplied with. Of others, such as norms, it keeps the parameter itself,
+    which would be on the wrong device by then; they are small.
+    """
+    own = {part for layer in transformer.modules() if isinstance(layer, LoraLayer) for part in _adapters(layer)}
+    linears = (layer for layer in transformer.modules() if isinstance(layer, nn.Linear))
+    return {layer.weight for layer in linears if layer.weight not in own}
+
+
+def _adapters(layer: LoraLayer) -> Iterator[nn.Parameter]:
+    for parts in (layer.lora_A, layer.lora_B):
+        yield from parts.parameters()
 
 
 def groups(transformer: nn.Module) -> Iterator[Any]:
@@ -76,16 +87,13 @@ def _hook(module: nn.Module) -> Any:
     return None if registry is None else registry.get_hook(_HOOK)
 
 
-def _keep_out(group: Any, adapters: set[nn.Parameter]) -> None:
-    """Make a group list what it moves one by one, without the adapters."""
-    found: dict[torch.Tensor, None] = dict.fromkeys(group.parameters)
+def _leave(group: Any, moved: set[nn.Parameter]) -> None:
+    """Make a group list what it moves one by one, and leave everything else where it is."""
+    found: dict[nn.Parameter, None] = dict.fromkeys(group.parameters)
     for module in group.modules:
         found.update(dict.fromkeys(module.parameters()))
-    buffers: dict[torch.Tensor, None] = dict.fromkeys(group.buffers)
-    for module in group.modules:
-        buffers.update(dict.fromkeys(module.buffers()))
-    group.modules = []
-    group.parameters = [parameter for parameter in found if parameter not in adapters]
-    group.buffers = list(buffers)
-    for parameter in adapters:
-        group.cpu_param_dict.pop(parameter, None)
+    group.parameters = [parameter for parameter in found if parameter in moved]
+    group.modules, group.buffers = [], []
+    for tensor in list(group.cpu_param_dict):
+        if tensor not in moved:
+            del group.cpu_param_dict[tensor]

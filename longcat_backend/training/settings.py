@@ -101,6 +101,8 @@ class TrainSettings:
         if offload is not None:
             offload.check()
             check_group_offload(PRESETS[self.base_precision], disk=False)
+            if self.compile:
+                raise _compiled_and_moved()
 
     @property
     def effective_alpha(self) -> float:
@@ -140,6 +142,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in names
         if old.get(name, missing) != new.get(name, missing)
     ]
+
+
+def _compiled_and_moved() -> LongCatError:
+    """Compiled code keeps the weights themselves for the backward pass, when they have been moved away."""
+    return LongCatError(
+        "The training settings 'compile' and 'offload' exclude each other: compiled blocks need their weights on the "
+        "device until the backward pass. Switch compile off, or set offload to none.",
+        "训练设置“compile”与“offload”互斥：编译后的块在反向传播之前需要权重留在设备上。"
+        "请关闭 compile，或把 offload 设为 none。",
+    )
 
 
 def unknown_keys(unknown: list[str], known: list[str]) -> LongCatError:

@@ -1,6 +1,7 @@
 """Settings of training: what is refused, what JSON keeps, and which changes a run survives."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from longcat_pack.longcat_backend.training.settings import TrainSettings, differ
 
 
 def test_json_keeps_every_setting() -> None:
-    settings = TrainSettings(steps=7, alpha=4.5, flow_shift=3.0, offload="leaf", compile=True, seed=2**63)
+    settings = TrainSettings(steps=7, alpha=4.5, flow_shift=3.0, offload="leaf", ema=0.5, seed=2**63)
     assert TrainSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
 
 
@@ -60,3 +61,15 @@ def test_differences_name_what_a_run_cannot_go_on_with() -> None:
     fine = TrainSettings(steps=20, rank=8, save_every=1, validate_every=2, checkpointing="none", compile=True).to_json()
     assert differences(old, fine) == []
     assert differences(old, TrainSettings(rank=16, seed=3).to_json()) == ["rank: 8 -> 16", "seed: 0 -> 3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"offload": "block", "compile": True}, "'compile' and 'offload' exclude each other"),
+        ({"offload": "block", "base_precision": "int8-quanto"}, "cannot move weights of the precision 'int8-quanto'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(LongCatError, match=told):
+        TrainSettings(**options)

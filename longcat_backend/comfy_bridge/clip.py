@@ -206,12 +206,18 @@ def require_longcat(clip: comfy.sd.CLIP | None, node: str) -> comfy.sd.CLIP:
     if clip is not None and isinstance(clip.tokenizer, Tokenizer):
         return clip
     found = "nothing" if clip is None else type(clip.tokenizer).__name__
+    en, zh = _INSTEAD.get(node, ("", ""))
     raise LongCatError(
-        f"{node} needs the CLIP of LongCatLoader, but got one with {found}. Connect LongCatLoader, or "
-        "use CLIPTextEncode with that CLIP.",
-        f"{node} 需要 LongCatLoader 的 CLIP，但接入的是 {found}。请连接 LongCatLoader，"
-        "或对该 CLIP 使用 CLIPTextEncode。",
+        f"{node} needs the CLIP of LongCatLoader, but got one with {found}. Connect LongCatLoader{en}.",
+        f"{node} 需要 LongCatLoader 的 CLIP，但接入的是 {found}。请连接 LongCatLoader{zh}。",
     )
+
+
+_INSTEAD = {
+    "LongCatTextEncode": (", or use CLIPTextEncode with that CLIP", "，或对该 CLIP 使用 CLIPTextEncode"),
+    "LongCatEditEncode": (", or CLIPLoader with type longcat_image", "，或类型为 longcat_image 的 CLIPLoader"),
+    "LongCatPromptRewrite": (", or choose endpoint as the source", "，或把来源设为 endpoint"),
+}
 
 
 def warn_other_flavour(patcher: comfy.model_patcher.ModelPatcher, node: str, edits: bool) -> None:

@@ -218,7 +218,8 @@ def test_it_comes_and_goes_without_a_trace(kind: Kind, plain: Any, model: Any, v
     handle.remove()
     assert torch.equal(velocity(bare), base)
     assert torch.equal(velocity(strong), results["strong"])
-    strong.detach()
+    strong.detach()  # and what ran beside the weights is gone from the device
+    assert not any(layer._forward_hooks for layer in bare.model.diffusion_model.modules())
     assert torch.equal(velocity(bare), base)
 
 

@@ -38,7 +38,7 @@ def _engine_input() -> io.DynamicCombo.Input:
             io.DynamicCombo.Option(name, [_precision_input("precision", names, MODEL_PRECISION)])
             for name, names in choices.items()
         ],
-        tooltip="Who runs the transformer. core: ComfyUI's own class, with its LoRA loader and patches. diffusers: "
+        tooltip="Who runs the transformer. core: ComfyUI's own class, with its block patches. diffusers: "
         "the reference implementation. auto: core, unless the precision or offload belongs to diffusers.",
     )
 

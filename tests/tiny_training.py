@@ -52,7 +52,7 @@ def example(seed: int, height: int = 4, width: int = 4, edit: bool = False, mask
     latent = torch.randn(16, height, width, generator=generator)
     text, empty = torch.randn(2, TOKENS, WIDTH, generator=generator)
     reference = torch.randn(16, height, width, generator=generator) if edit else None
-    mask = torch.rand(1, height, width, generator=generator) if masked else None
+    mask = 0.05 + 0.95 * torch.rand(1, height, width, generator=generator) if masked else None
     return Example(latent, text, empty, reference, mask)
 
 

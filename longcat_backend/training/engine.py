@@ -3,8 +3,6 @@
 Nothing here changes what is computed (DESIGN.md D5): the transformer's own hooks are used, its forward stays as it is.
 """
 
-import hashlib
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
@@ -16,23 +14,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from ..quantisation import leaves
 from .offload import apply_offload, groups, recomputing
 from .settings import TrainSettings
-
-_SAMPLED = 64  # values of each tensor that enter a model's identity
-log = logging.getLogger(__name__)
-
-
-def identity(transformer: nn.Module) -> str:
-    """A sum over every weight's name, shape, dtype and some of its values, before adapters are put in."""
-    digest = hashlib.sha256()
-    for name, parameter in transformer.named_parameters():
-        for key, leaf in leaves(parameter.detach(), name):
-            digest.update(f"{key} {tuple(leaf.shape)} {leaf.dtype}".encode())
-            values = leaf.flatten()[:: max(1, leaf.numel() // _SAMPLED)][:_SAMPLED]
-            digest.update(str(values.double().tolist()).encode())
-    return digest.hexdigest()
 
 
 def place(transformer: nn.Module, settings: TrainSettings, device: torch.device, folder: Path) -> None:

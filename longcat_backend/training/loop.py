@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import flow
 from ..errors import LongCatError
+from ..identity import of_weights
 from ..lora import Adapter
 from ..transformer import VelocityModel
 from . import adapters, engine, selfcheck, state, validation
@@ -91,7 +92,7 @@ def train(
         identity = {
             "settings": settings.to_json(),
             "data": data.identity,
-            "model": engine.identity(model.transformer),
+            "model": of_weights(model.transformer.named_parameters()),
             "scheduler": dict(scheduler),
         }
         found = state.latest(run_folder)

@@ -14,9 +14,6 @@ from torch import nn
 from .. import flow, latents
 from .draws import Draw
 
-# A picture's masked part still counts a little, or the model would forget what surrounds the subject.
-MASK_FLOOR = 0.05
-
 
 class Example(Protocol):
     """One encoded picture, see ``encoded.Example``."""
@@ -25,7 +22,7 @@ class Example(Protocol):
     text: torch.Tensor  # (length, hidden size)
     empty: torch.Tensor  # (length, hidden size), for caption dropout
     reference: torch.Tensor | None  # (16, h, w), scaled, of an edit pair
-    mask: torch.Tensor | None  # (1, h, w) in 0..1, weights of the loss
+    mask: torch.Tensor | None  # (1, h, w), weights of the loss above 0
 
 
 @dataclass(frozen=True)
@@ -122,5 +119,5 @@ def _weighted(errors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mean of (16, h, w), by the weights of a mask (1, h, w)."""
     if mask is None:
         return errors.mean()
-    weights = mask.to(errors).clamp(min=MASK_FLOOR).expand_as(errors)
+    weights = mask.to(errors).expand_as(errors)
     return (weights * errors).sum() / weights.sum()

@@ -108,7 +108,7 @@ def reference_gradients(
         )[0][0, : height * width // 4]
         errors = (velocity - packed(noise - clean)).square()
         if one.mask is not None:
-            weights = packed(one.mask.double().clamp(min=0.05).expand(16, -1, -1))
+            weights = packed(one.mask.double().expand(16, -1, -1))
             total = total + (weights * errors).sum() / weights.sum()
         else:
             total = total + errors.mean()

@@ -1,0 +1,158 @@
+"""What a run will need on the device, before its first step, and which change would make it fit.
+
+Weights, adapters and optimiser are counted. What a forward keeps for the backward pass is a multiple of the tokens,
+measured once: on an H100 at 1024x1024 in bf16, rank 16 beside the 100 attention layers took 24.9 GiB without
+recomputation and 13.4 GiB with it, of which the weights are 11.7 (DESIGN.md section 8).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .. import memory, precision
+from ..memory import GIB
+from .adapters import PATTERNS
+from .settings import TrainSettings
+
+# What a block keeps, in numbers of the size tokens x hidden size; more targets keep more inputs.
+_KEPT = {"attention": 16.4, "official": 18.0, "all": 19.4}
+_INPUTS = 1.0  # that many are kept of a block that is computed again
+_WORKSPACE = GIB // 4
+# Bytes of an adapter's number: its fp32 master, gradient and copy in the computation, and the optimiser's state.
+_STATE = {"adamw": 8.0, "adamw-8bit": 2.1, "prodigy": 16.0, "lion": 4.0}
+_TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device at the peak of a step."""
+
+    weights: int
+    adapters: int  # with their gradients and the optimiser's state
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it, with some working space."""
+        return self.weights + self.adapters + self.activations + _WORKSPACE
+
+    def __str__(self) -> str:
+        parts = (self.weights, self.adapters, self.activations, _WORKSPACE)
+        weights, adapters, activations, workspace = map(memory.size, parts)
+        return (
+            f"{memory.size(self.total)}: weights 权重 {weights}, adapters and optimiser 适配器与优化器 {adapters}, "
+            f"activations 激活 {activations}, working space 工作空间 {workspace}"
+        )
+
+
+def estimate(
+    config: Mapping[str, Any], shapes: Mapping[str, torch.Size], settings: TrainSettings, size: tuple[int, int]
+) -> Estimate:
+    """Of a LoRA step.
+
+    Args:
+        config: the transformer's.
+        shapes: of its weights by official name, see :func:`transformer.audited_shapes`.
+        size: width and height of the largest picture; an edit pair has twice its tokens, so pass its doubled width.
+    """
+    preset = precision.PRESETS[settings.base_precision]
+    dtype = preset.dtype or torch.bfloat16
+    return Estimate(
+        _weights(shapes, settings, preset, dtype),
+        _adapters(shapes, settings, dtype),
+        _activations(config, settings, size, dtype),
+    )
+
+
+def fitting(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, torch.Size],
+    settings: TrainSettings,
+    size: tuple[int, int],
+    free: int,
+) -> str:
+    """What would make a run fit that needs more than ``free`` bytes, in both languages; empty where it fits."""
+    needed = estimate(config, shapes, settings, size).total
+    if needed <= free:
+        return ""
+    for words, words_zh, changed, smaller in _turned_down(settings, size):
+        total = estimate(config, shapes, changed, smaller).total
+        if total <= free:
+            return (
+                f"It needs about {memory.size(needed)}, and {memory.size(free)} are free. With {words} it needs about "
+                f"{memory.size(total)}. 约需 {memory.size(needed)}，可用 {memory.size(free)}；改为{words_zh}后约需 "
+                f"{memory.size(total)}。"
+            )
+    return (
+        f"It needs about {memory.size(needed)}, and {memory.size(free)} are free: no setting makes that fit. "
+        f"约需 {memory.size(needed)}，可用 {memory.size(free)}：没有设置能满足。"
+    )
+
+
+def _turned_down(
+    settings: TrainSettings, size: tuple[int, int]
+) -> Iterator[tuple[str, str, TrainSettings, tuple[int, int]]]:
+    """Settings that need less and less, each with the ones before it, in words; what costs least comes first."""
+    words: list[str] = []
+    words_zh: list[str] = []
+
+    def told(word: str, word_zh: str) -> tuple[str, str]:
+        words.append(word)
+        words_zh.append(word_zh)
+        return ", ".join(words), "、".join(words_zh)
+
+    if settings.checkpointing != "block":
+        settings = replace(settings, checkpointing="block")
+        yield *told("checkpointing 'block'", "梯度检查点“block”"), settings, size
+    if settings.batch > 1:
+        settings = replace(settings, accumulation=settings.batch * settings.accumulation, batch=1)
+        text = f"batch 1, accumulation {settings.accumulation}"
+        yield *told(text, text), settings, size
+    for name in ("int8-quanto", "int4-quanto"):
+        if (
+            settings.offload == "none"
+            and precision.PRESETS[settings.base_precision].bits > precision.PRESETS[name].bits
+        ):
+            settings = replace(settings, base_precision=name)
+            yield *told(f"base precision '{name}'", f"基础精度“{name}”"), settings, size
+    while min(size) > 512:
+        size = (size[0] * 3 // 4, size[1] * 3 // 4)
+        yield *told(f"resolution {size[0]}x{size[1]}", f"分辨率 {size[0]}x{size[1]}"), settings, size
+
+
+def _weights(
+    shapes: Mapping[str, torch.Size], settings: TrainSettings, preset: precision.Preset, dtype: torch.dtype
+) -> int:
+    whole = memory.weigh(shapes, "transformer", preset, dtype, tabulate=False).total
+    if settings.offload == "none":
+        return whole
+    blocks: dict[str, int] = {}
+    for key, shape in shapes.items():
+        block = ".".join(key.split(".")[:2]) if "transformer_blocks" in key else ""
+        blocks[block] = blocks.get(block, 0) + shape.numel() * dtype.itemsize
+    rest = blocks.pop("", 0)
+    return rest + (2 + settings.offload_blocks) * max(blocks.values(), default=0)
+
+
+def _adapters(shapes: Mapping[str, torch.Size], settings: TrainSettings, dtype: torch.dtype) -> int:
+    pattern = PATTERNS[settings.targets]
+    sides = sum(
+        sum(shape)
+        for key, shape in shapes.items()
+        if key.endswith(".weight") and pattern.fullmatch(key.removesuffix(".weight"))
+    )
+    average = 4.0 if settings.ema else 0.0
+    each = 4 + 4 + 2 * dtype.itemsize + _STATE[settings.optimiser] + average
+    return round(settings.rank * sides * each)
+
+
+def _activations(config: Mapping[str, Any], settings: TrainSettings, size: tuple[int, int], dtype: torch.dtype) -> int:
+    tokens = math.ceil(size[0] / 16) * math.ceil(size[1] / 16) + _TEXT_TOKENS
+    unit = settings.batch * tokens * config["num_attention_heads"] * config["attention_head_dim"] * dtype.itemsize
+    blocks = config["num_layers"] + config["num_single_layers"]
+    whole = {"none": blocks, "every-second": blocks // 2, "block": 1}[settings.checkpointing]
+    recomputed = {"none": 0, "every-second": blocks - blocks // 2, "block": blocks}[settings.checkpointing]
+    return round(unit * (whole * _KEPT[settings.targets] + recomputed * _INPUTS))

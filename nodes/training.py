@@ -83,7 +83,12 @@ def _common_inputs() -> list[Any]:
             "ones need less memory and are slower. The LoRA fits every precision.",
         ),
         io.Int.Input(
-            "seed", default=0, min=0, max=prompt_grid.MAX_SEED, tooltip="Seed of everything that is left to chance."
+            "seed",
+            default=0,
+            min=0,
+            max=prompt_grid.MAX_SEED,
+            control_after_generate=False,  # another seed would be another run
+            tooltip="Seed of everything that is left to chance.",
         ),
         io.String.Input(
             "validation_prompts",

@@ -132,9 +132,9 @@ def train(
     lora_files.write(
         file, result.adapters, _provenance(checkpoint, settings, examples, result.step), trigger_words=_trigger(dataset)
     )
-    if result.stopped:
+    if monitor.stopped:
         _say_stopped(result.step, settings.steps, file)
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise comfy.model_management.InterruptProcessingException
     written = lora_files.read(file).adapters
     trained, matched = lora.apply(model, written, 1.0)
     assert model is not None

@@ -59,6 +59,7 @@ class Monitor:
 
     Attributes:
         folder: of the run; pictures are kept in its subfolder ``validation``.
+        stopped: whether the user interrupted.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class Monitor:
     validation: Validation
     losses: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    stopped: bool = False
 
     def __post_init__(self) -> None:
         self._bar = comfy.utils.ProgressBar(self.steps)
@@ -78,10 +80,15 @@ class Monitor:
         """What the loop calls."""
         return Events(
             on_step=self.on_step,
-            should_stop=comfy.model_management.processing_interrupted,
+            should_stop=self.should_stop,
             on_validation=self.on_validation,
             on_saved=lambda place: self._remember(),
         )
+
+    def should_stop(self) -> bool:
+        """Whether the run has to be saved and ended."""
+        self.stopped = self.stopped or comfy.model_management.processing_interrupted()
+        return self.stopped
 
     def on_step(self, progress: Progress) -> None:
         """One step is done."""
@@ -150,7 +157,10 @@ class Monitor:
             picture = self._picture()
             preview = ("JPEG", picture, max(picture.size))
             self._shown = time.monotonic()
-        self._bar.update_absolute(step, self.steps, preview)
+        try:
+            self._bar.update_absolute(step, self.steps, preview)
+        except comfy.model_management.InterruptProcessingException:  # ends a node at once, and this one has to save
+            self.stopped = True
 
     def _picture(self) -> Image.Image:
         chart = loss_chart.draw(self.losses, self.held_out, self.steps)

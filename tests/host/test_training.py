@@ -1,0 +1,87 @@
+"""LongCatTrainLora in the real server: it goes on where it stopped, and says what is wrong."""
+
+from typing import Any
+
+import pytest
+
+from host import training_graph
+from host.bad_input import check_alive, failed, rejected
+from host.graphs import Graph, changed
+from host.training_graph import assert_equal, lora_file, run_folder, tensors
+from longcat_pack.tools.host import ComfyServer
+from longcat_pack.tools.results import Event, Interrupted
+
+
+@pytest.fixture(scope="module")
+def training_server(make_server: Any) -> ComfyServer:
+    """A server of its own: its folders of LoRAs and runs fill up."""
+    return make_server()
+
+
+def stopped_at(server: ComfyServer, graph: Graph, step: int) -> Interrupted:
+    """Interrupt a training through the server once it has done so many steps."""
+
+    steps = graph["3"]["inputs"]["steps"]
+
+    def interrupt(event: Event) -> None:
+        data = event.data
+        if event.type == "progress" and data["node"] == "3" and data["max"] == steps and data["value"] >= step:
+            server.interrupt()
+
+    with pytest.raises(Interrupted) as stopped:
+        server.run(graph, on_event=interrupt)
+    assert stopped.value.node_type == "LongCatTrainLora"
+    return stopped.value
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(training_server: ComfyServer) -> None:
+    training_server.run(training_graph.graph("straight", steps=40))
+    halves = training_graph.graph("halves", steps=40)
+    stopped = stopped_at(training_server, halves, 20)
+    said = [event.data["text"] for event in stopped.events if event.type == "progress_text"][-1]
+    assert "stopped after step" in said and "queue again" in said
+    assert lora_file(training_server, "halves").is_file()
+    (state,) = run_folder(training_server, "halves").glob("state-*")
+    done = int(state.name[-8:])
+    assert 20 <= done < 40
+
+    again = training_server.run(halves)
+    assert f"went on after step {done}" in again.outputs["report"]["text"][0]
+    assert_equal(tensors(training_server, "halves", 40), tensors(training_server, "straight", 40))
+
+
+def test_other_settings_under_the_same_name_are_refused_by_name(training_server: ComfyServer) -> None:
+    graph = training_graph.graph("mine")
+    training_server.run(graph)
+    other = changed(graph, **{"3.rank": 8, "3.seed": 1})
+    failed(training_server, other, "3", ("rank: 4 -> 8", "seed: 0 -> 1"))
+    more = training_server.run(changed(graph, **{"3.steps": 4}))
+    assert more.outputs["report"]["text"][0].startswith("went on after step 3")
+    over = training_server.run(changed(other, **{"3.if_begun": "start over"}))
+    assert over.outputs["report"]["text"][0].startswith("from the first step")
+
+
+def test_a_lora_that_is_not_of_the_run_is_never_replaced(training_server: ComfyServer) -> None:
+    file = lora_file(training_server, "somebody-elses")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"precious")
+    failed(training_server, training_graph.graph("somebody-elses"), "3", ("already", "another name"))
+    assert file.read_bytes() == b"precious"
+
+
+def test_a_name_that_leads_out_is_refused_before_anything_runs(training_server: ComfyServer) -> None:
+    rejected(training_server, training_graph.graph("../outside"), "3", ("cannot be used",))
+
+
+def test_the_server_is_fine_after_a_run_that_failed(training_server: ComfyServer) -> None:
+    """A dataset for editing does not suit a checkpoint that draws; and the next prompt draws."""
+    graph = training_graph.graph("wrong-task")
+    graph["pictures"] = {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 128, "height": 128, "batch_size": 2, "color": 255},
+    }
+    source = {"source": "images", "source.images": ["pictures", 0], "source.captions": "make it red"}
+    settings = {key: value for key, value in graph["2"]["inputs"].items() if not key.startswith("source")}
+    graph["2"]["inputs"] = {**source, "source.references": ["pictures", 0], **settings}
+    failed(training_server, graph, "3", ("LongCat-Image-Edit", "reference"))
+    check_alive(training_server)

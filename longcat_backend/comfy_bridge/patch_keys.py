@@ -11,12 +11,14 @@ from typing import Any
 
 import comfy.model_base
 import comfy.utils
+import comfy.weight_adapter
 import torch
 from torch import nn
 
-from .. import layouts
+from .. import layouts, lora_alpha
 from ..errors import LongCatError
 
+_HEADER_NAME = "LoRA"
 _CORE = "diffusion_model."
 _BROKEN = "("  # what ComfyUI makes of the name of a fused layer's bias
 _OFFICIAL = "diffusion_model.velocity.transformer."
@@ -79,6 +81,28 @@ def translated(model: nn.Module, patches: Patches) -> dict[Any, Any]:
     return dict(patches)
 
 
+def require_alpha(model: nn.Module, patches: Patches, header: Mapping[str, str]) -> None:
+    """Refuse LoRAs that were applied without the alpha that stands in the header of their file, which core ignores.
+
+    Args:
+        patches: by the keys of the model's layers.
+        header: of the file that they came from.
+
+    Raises:
+        LongCatError: they were trained at another strength than they were applied at.
+    """
+    alphas = lora_alpha.from_header(header, _HEADER_NAME)
+    if alphas is None:
+        return
+    modules = {place.key: name.rpartition(".")[0] for name, place in places(model).items()}
+    for key, patch in patches.items():
+        if isinstance(patch, comfy.weight_adapter.LoRAAdapter) and patch.weights[2] is None and key in modules:
+            rank = patch.weights[1].shape[0]
+            alpha = alphas.of(modules[key], rank)
+            if alpha != rank:
+                raise _alpha_ignored(alpha, rank)
+
+
 def names_layer(model: nn.Module, key: Any) -> bool:
     """Whether a patch's key names the tensor of a layer of the model."""
     try:
@@ -127,4 +151,13 @@ def _nothing_matched() -> LongCatError:
         "which reads every layout that LongCat LoRAs come in.",
         "ComfyUI 的加载器在该 LoRA 中没有找到当前模型的任何层，不会产生效果。"
         "请使用 LongCatLoraLoader，它能读取 LongCat LoRA 的所有格式。",
+    )
+
+
+def _alpha_ignored(alpha: float, rank: int) -> LongCatError:
+    return LongCatError(
+        f"The LoRA's header says alpha {alpha:g} at rank {rank}, which ComfyUI's loader does not read: it would take "
+        f"{rank} and give another strength. Use LongCatLoraLoader.",
+        f"该 LoRA 的文件头记录 alpha 为 {alpha:g}（秩 {rank}），而 ComfyUI 的加载器不读取文件头，会按 {rank} 处理，"
+        "强度因此不同。请使用 LongCatLoraLoader。",
     )

@@ -18,6 +18,7 @@ from .castable import TabulatedLinear
 
 _TABLE = "longcat_modulation"
 _HOME = "longcat_home"
+_HEADER = "lora_metadata"
 
 
 def castable_patcher(
@@ -100,7 +101,14 @@ def _castable_class(base: Any) -> Any:
             """As in the base class, but patches for a transformer's layers arrive, or it says why they do not."""
             if patch_keys.is_transformer(self.model):
                 patches = patch_keys.translated(self.model, patches)
+                self.longcat_latest = patches
             return super().add_patches(patches, strength_patch, strength_model)
+
+        def set_attachments(self, key: str, attachment: Any) -> None:
+            """As in the base class; core's LoRA loader attaches the header of the file that it has just applied."""
+            if key == _HEADER and patch_keys.is_transformer(self.model):
+                patch_keys.require_alpha(self.model, getattr(self, "longcat_latest", {}), attachment)
+            super().set_attachments(key, attachment)
 
         def add_hook_patches(self, hook: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:
             """As :meth:`add_patches`, for patches that come and go while it samples."""
@@ -161,6 +169,7 @@ def _whole_class() -> Any:
             for key, patch in own.items():
                 self.patches.setdefault(key, []).append((strength_patch, patch, strength_model, None, None))
             self.patches_uuid = uuid.uuid4()
+            self.longcat_latest = patches
             return list(own)
 
         def add_hook_patches(self, hook: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,291 @@
+"""SimpleTuner's ``config.json`` for this family, as the sections of ours.
+
+Source: SimpleTuner's LongCat-Image quickstart and OPTIONS.md (4.10). Keys may carry the leading dashes of the
+command line. A key that nobody knows is an error; one that is known and means nothing here is told.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .. import flavours
+from ..errors import LongCatError
+from .settings import unknown_keys
+
+ReadBackends = Callable[[str], list[Any]]
+
+_PRECISIONS = {
+    "no_change": "bf16",
+    "bf16": "bf16",
+    "fp32": "fp32",
+    "int8-quanto": "int8-quanto",
+    "int4-quanto": "int4-quanto",
+    "fp8-torchao": "fp8-torchao",
+}
+_OPTIMISERS = {
+    "adamw": ("adamw", "adamw_bf16", "optimi-adamw", "torch-adamw"),
+    "adamw-8bit": ("ao-adamw8bit", "bnb-adamw8bit", "adamw8bit"),
+    "prodigy": ("prodigy",),
+    "lion": ("lion", "optimi-lion", "bnb-lion", "bnb-lion8bit"),
+}
+_SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
+# Keys that are taken as they are, by the name that they have here.
+_DIRECT = {
+    "train_batch_size": "batch",
+    "gradient_accumulation_steps": "accumulation",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "learning_rate": "learning_rate",
+    "lr_warmup_steps": "warmup",
+    "max_train_steps": "steps",
+    "max_grad_norm": "clip",
+    "adam_weight_decay": "weight_decay",
+    "optimizer_weight_decay": "weight_decay",
+    "seed": "seed",
+    "checkpointing_steps": "save_every",
+    "checkpoint_step_interval": "save_every",
+    "checkpoints_total_limit": "keep",
+    "validation_steps": "validate_every",
+    "validation_step_interval": "validate_every",
+}
+_VALIDATION = {
+    "validation_num_inference_steps": "steps",
+    "validation_guidance": "guidance",
+    "validation_seed": "seed",
+}
+# Read by name in the functions below.
+_HANDLED = {
+    "model_type", "model_family", "model_flavour", "pretrained_model_name_or_path", "base_model_precision",
+    "pretrained_transformer_model_name_or_path", "optimizer", "lr_scheduler", "gradient_checkpointing",
+    "gradient_checkpointing_interval", "use_ema", "ema_decay", "flow_schedule_shift", "flow_schedule_auto_shift",
+    "enable_group_offload", "group_offload_type", "group_offload_blocks_per_group", "group_offload_use_stream",
+    "group_offload_to_disk_path", "dynamo_backend", "validation_torch_compile", "output_dir", "data_backend_config",
+    "resolution", "resolution_type", "aspect_bucket_alignment", "caption_dropout_probability", "instance_data_dir",
+    "validation_prompt", "validation_resolution", "validation_negative_prompt", "trigger_word", "lora_type",
+    "hub_model_id", "num_train_epochs",
+}  # fmt: skip
+# Known to SimpleTuner and without a meaning here: logging, publishing, caches, and what this trainer always does.
+_MEANINGLESS = {
+    "report_to", "tracker_project_name", "tracker_run_name", "push_to_hub", "push_checkpoints_to_hub",
+    "resume_from_checkpoint", "mixed_precision", "allow_tf32", "disable_tf32", "cache_dir", "cache_dir_text",
+    "cache_dir_vae", "vae_batch_size", "write_batch_size", "read_batch_size", "image_processing_batch_size",
+    "max_workers", "dataloader_prefetch", "dataloader_prefetch_qlen", "webhook_config", "user_prompt_library",
+    "validation_prompt_library", "minimum_image_size", "disable_bucket_pruning", "quantize_via", "vae_dtype",
+    "vae_enable_tiling", "vae_enable_slicing", "text_encoder_1_precision", "base_model_default_dtype",
+    "tokenizer_max_length", "attention_mechanism", "preserve_data_backend_cache", "skip_file_discovery",
+    "compress_disk_cache", "delete_problematic_images", "delete_unwanted_images", "validation_guidance_rescale",
+    "validation_disable_unconditional", "evaluation_type", "eval_steps_interval", "num_eval_images",
+    "i_know_what_i_am_doing",
+    "ema_validation", "ema_device", "ema_update_interval", "keep_vae_loaded", "offload_during_startup",
+    "model_card_private", "model_card_safe_for_work", "model_card_note", "print_filenames", "print_sampler_statistics",
+    "debug_aspect_buckets", "metadata_update_interval", "lora_init_type", "lora_dropout", "flow_sigmoid_scale",
+    "validation_preview", "validation_preview_steps", "disable_benchmark", "is_regularisation_data",
+    "grad_clip_method", "dataset_type", "lr_end", "lr_num_cycles", "lr_power", "lr_scale", "revision", "variant",
+    "local_rank", "num_processes", "num_machines", "accelerate_extra_args", "training_num_processes",
+}  # fmt: skip
+_BACKEND = {
+    "id", "type", "dataset_type", "instance_data_dir", "caption_strategy", "instance_prompt", "repeats", "resolution",
+    "resolution_type", "disabled", "conditioning_data", "metadata_backend", "crop", "crop_aspect", "crop_style",
+    "crop_aspect_buckets", "cache_dir", "cache_dir_vae", "cache_dir_conditioning", "minimum_image_size",
+    "maximum_image_size", "target_downsample_size", "default", "write_batch_size", "text_embeds", "hash_filenames",
+    "only_instance_prompt", "prepend_instance_prompt", "parquet", "probability", "preserve_data_backend_cache",
+    "skip_file_discovery", "vae_cache_clear_each_epoch", "resolution_frames", "disable_validation", "conditioning_type",
+}  # fmt: skip
+DEFAULT_STEPS = 10_000
+
+
+def recognise(values: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is such a config: it names the model's family, or has keys of the command line."""
+    keys = {key.lstrip("-") for key in values}
+    return bool(keys & {"model_family", "model_flavour", "data_backend_config", "base_model_precision"})
+
+
+def convert(values: Mapping[str, Any], read_backends: ReadBackends) -> tuple[dict[str, Any], list[str]]:
+    """The sections of :mod:`config`, and notes on keys that mean nothing here.
+
+    Args:
+        read_backends: the list in the file that ``data_backend_config`` names.
+
+    Raises:
+        LongCatError: a key is unknown, or a value asks for what this trainer does not do.
+    """
+    given = {key.lstrip("-").replace("-", "_"): value for key, value in values.items()}
+    known = {*_DIRECT, *_VALIDATION, *_HANDLED, *_MEANINGLESS}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise unknown_keys(unknown, sorted(known))
+    given = {key: value for key, value in given.items() if value is not None}
+    _require(given, "model_type", ("lora",))
+    _require(given, "model_family", ("longcat_image",))
+    _require(given, "lora_type", ("standard",))
+    notes = [f"'{key}' means nothing here" for key in sorted(set(given) & _MEANINGLESS)]
+    converted = {
+        "name": str(given.get("hub_model_id") or "simpletuner-lora").rpartition("/")[2],
+        "checkpoint": _checkpoint(given),
+        "dataset": _dataset(given, read_backends, notes),
+        "settings": _settings(given),
+        "validation": _validation(given, notes),
+        "output": str(given.get("output_dir") or "output"),
+    }
+    return converted, notes
+
+
+def _require(given: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> None:
+    if given.get(key, allowed[0]) not in allowed:
+        raise _unsupported(key, given[key], allowed)
+
+
+def _unsupported(key: str, value: Any, allowed: Any) -> LongCatError:
+    choices = ", ".join(map(str, allowed))
+    return LongCatError(
+        f"'{key}' of the SimpleTuner config is {value!r}, which this trainer does not do. It does: {choices}.",
+        f"SimpleTuner 配置的“{key}”为 {value!r}，本训练器不支持。支持：{choices}。",
+    )
+
+
+def _chosen(given: Mapping[str, Any], key: str, table: Mapping[str, str], default: str) -> str:
+    value = given.get(key, default)
+    if value not in table:
+        raise _unsupported(key, value, table)
+    return table[value]
+
+
+def _checkpoint(given: Mapping[str, Any]) -> str:
+    for key in ("pretrained_transformer_model_name_or_path", "pretrained_model_name_or_path"):
+        if given.get(key):
+            repository = next((each for each in flavours.FLAVOURS.values() if each.repo_id == given[key]), None)
+            return repository.folder_name if repository else str(given[key])
+    flavour = str(given.get("model_flavour", "final"))
+    if flavour not in flavours.FLAVOURS:
+        raise _unsupported("model_flavour", flavour, flavours.FLAVOURS)
+    return flavours.FLAVOURS[flavour].folder_name
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {ours: _number(given[key]) for key, ours in _DIRECT.items() if key in given}
+    settings.setdefault("steps", DEFAULT_STEPS)
+    if given.get("num_train_epochs") and "max_train_steps" not in given:
+        raise _unsupported("num_train_epochs", given["num_train_epochs"], ["0, with max_train_steps"])
+    settings["targets"] = "attention"
+    settings["base_precision"] = _chosen(given, "base_model_precision", _PRECISIONS, "no_change")
+    names = {name: ours for ours, theirs in _OPTIMISERS.items() for name in theirs}
+    settings["optimiser"] = _chosen(given, "optimizer", names, "adamw_bf16")
+    settings["schedule"] = _chosen(given, "lr_scheduler", _SCHEDULES, "constant")
+    settings["checkpointing"] = _checkpointing(given)
+    settings["compile"] = str(given.get("dynamo_backend", "no")).lower() not in ("no", "", "false")
+    if given.get("use_ema"):
+        settings["ema"] = float(given.get("ema_decay", 0.995))
+    shift = float(given.get("flow_schedule_shift", 3.0))
+    automatic = bool(given.get("flow_schedule_auto_shift"))
+    settings["flow_shift"] = shift if shift > 0 else "batch" if automatic else 1.0
+    return {**settings, **_offload(given)}
+
+
+def _number(value: Any) -> Any:
+    """SimpleTuner's interface writes numbers as text too."""
+    if not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() and "." not in value and "e" not in value.lower() else number
+
+
+def _checkpointing(given: Mapping[str, Any]) -> str:
+    if not given.get("gradient_checkpointing", False):
+        return "none"
+    interval = int(given.get("gradient_checkpointing_interval") or 1)
+    if interval not in (1, 2):
+        raise _unsupported("gradient_checkpointing_interval", interval, [1, 2])
+    return "block" if interval == 1 else "every-second"
+
+
+def _offload(given: Mapping[str, Any]) -> dict[str, Any]:
+    if not given.get("enable_group_offload"):
+        return {}
+    if given.get("group_offload_to_disk_path"):
+        raise _unsupported("group_offload_to_disk_path", given["group_offload_to_disk_path"], ["null"])
+    levels = {"block_level": "block", "leaf_level": "leaf"}
+    return {
+        "offload": _chosen(given, "group_offload_type", levels, "block_level"),
+        "offload_blocks": int(given.get("group_offload_blocks_per_group", 1)),
+        "offload_stream": bool(given.get("group_offload_use_stream", False)),
+    }
+
+
+def _validation(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    validation: dict[str, Any] = {ours: _number(given[key]) for key, ours in _VALIDATION.items() if key in given}
+    if given.get("validation_prompt"):
+        validation["prompts"] = [str(given["validation_prompt"])]
+    if given.get("validation_resolution"):
+        sides = [int(side) for side in str(given["validation_resolution"]).lower().split(",")[0].split("x")]
+        validation["size"] = [sides[0], sides[-1]]
+    if given.get("validation_negative_prompt"):
+        notes.append("'validation_negative_prompt' is left empty, as the model's recipe has it")
+    return validation
+
+
+def _dataset(given: Mapping[str, Any], read_backends: ReadBackends, notes: list[str]) -> dict[str, Any]:
+    if given.get("data_backend_config"):
+        backends = read_backends(str(given["data_backend_config"]))
+    else:
+        backends = [{"instance_data_dir": given.get("instance_data_dir", "")}]
+    images, references = _local(backends)
+    first = images[0]
+    folders = {str(each.get("instance_data_dir", "")) for each in images}
+    if len(folders) > 1:
+        raise LongCatError(
+            f"The data backends have {len(folders)} folders of pictures ({', '.join(sorted(folders))}), and a run here "
+            "has one. Put them into subfolders of one folder.",
+            f"数据后端包含 {len(folders)} 个图像文件夹（{'、'.join(sorted(folders))}），而此处一次训练只用一个。"
+            "请将其放入同一文件夹的子文件夹中。",
+        )
+    dataset: dict[str, Any] = {
+        "folder": folders.pop(),
+        "resolutions": ",".join(dict.fromkeys(_resolution({**given, **each}) for each in images)),
+        "grid": int(given.get("aspect_bucket_alignment", 64)),
+        "repeats": int(first.get("repeats", 0)) + 1,
+        "caption_dropout": float(given.get("caption_dropout_probability", 0.1)),
+    }
+    if references:
+        dataset["reference_folder"] = str(references[0].get("instance_data_dir", ""))
+    trigger = given.get("trigger_word") or (
+        first.get("instance_prompt") if first.get("caption_strategy") == "instanceprompt" else ""
+    )
+    if trigger:
+        dataset["trigger_word"] = str(trigger)
+    for each in images:
+        if each.get("crop_style", "center") not in ("center", "centre"):
+            notes.append(f"'crop_style' {each['crop_style']}: pictures are cropped at their centre")
+    return dataset
+
+
+def _local(backends: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Backends of pictures and of those before the edit; text caches are left out."""
+    images: list[dict[str, Any]] = []
+    references: list[dict[str, Any]] = []
+    for backend in backends:
+        if not isinstance(backend, dict):
+            raise _unsupported("data_backend_config", backend, ["objects"])
+        unknown = sorted(set(backend) - _BACKEND)
+        if unknown:
+            raise unknown_keys(unknown, sorted(_BACKEND))
+        kind = backend.get("dataset_type", "image")
+        if backend.get("disabled") or kind in ("text_embeds", "image_embeds"):
+            continue
+        _require(backend, "type", ("local",))
+        if kind not in ("image", "conditioning"):
+            raise _unsupported("dataset_type", kind, ["image", "conditioning", "text_embeds"])
+        (images if kind == "image" else references).append(backend)
+    if not images:
+        raise _unsupported("data_backend_config", "without a local image dataset", ["local image datasets"])
+    return images, references
+
+
+def _resolution(given: Mapping[str, Any]) -> str:
+    """Ours for a resolution in pixels or, for the type "area", in megapixels."""
+    value = given.get("resolution", 1024)
+    if given.get("resolution_type") == "area" and float(value) < 64:
+        return str(round(math.sqrt(float(value)) * 1024 / 64) * 64)
+    return str(int(value)) if not isinstance(value, str) else value

@@ -1,0 +1,202 @@
+"""The JSON of a run without ComfyUI: ours and SimpleTuner's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longcat_pack.longcat_backend.errors import LongCatError
+from longcat_pack.longcat_backend.training import config
+from longcat_pack.longcat_backend.training.settings import TrainSettings
+
+# The seed's quickstart, with what it says to add for small cards.
+QUICKSTART: dict[str, Any] = {
+    "model_type": "lora",
+    "model_family": "longcat_image",
+    "model_flavour": "final",
+    "pretrained_model_name_or_path": None,
+    "base_model_precision": "no_change",
+    "train_batch_size": 1,
+    "gradient_checkpointing": True,
+    "lora_rank": 16,
+    "learning_rate": 1e-4,
+    "validation_resolution": "1024x1024",
+    "validation_guidance": 4.5,
+    "validation_num_inference_steps": 30,
+    "--enable_group_offload": True,
+    "--group_offload_type": "block_level",
+    "--group_offload_blocks_per_group": 1,
+    "data_backend_config": "backends.json",
+}
+BACKENDS: list[dict[str, Any]] = [
+    {"id": "pictures", "type": "local", "instance_data_dir": "pictures", "resolution": 1024, "repeats": 2},
+    {"id": "small", "type": "local", "instance_data_dir": "pictures", "resolution": 0.25, "resolution_type": "area"},
+    {"id": "texts", "type": "local", "dataset_type": "text_embeds", "cache_dir": "cache"},
+]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Write a config beside a checkpoint, a folder of pictures and data backends; the file's path."""
+
+    def to_file(values: Any, backends: Any = BACKENDS) -> Path:
+        for folder in ("LongCat-Image", "pictures", "before"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / "backends.json").write_text(json.dumps(backends), encoding="utf-8")
+        (tmp_path / "run.json").write_text(json.dumps(values), encoding="utf-8")
+        return tmp_path / "run.json"
+
+    return to_file
+
+
+def test_our_config_is_read_back(write: Any, tmp_path: Path) -> None:
+    settings = TrainSettings(steps=5, rank=4, flow_shift="run")
+    values = {
+        "name": "styles/zorb",
+        "checkpoint": "LongCat-Image",
+        "dataset": {"folder": "pictures", "resolutions": "512", "trigger_word": "zorb"},
+        "settings": settings.to_json(),
+        "validation": {"prompts": ["佐布", "a zorb"], "steps": 8, "size": [512, 768]},
+    }
+    found = config.read(write(values))
+    assert found.settings == settings and found.name == "styles/zorb"
+    assert found.dataset.folder == str(tmp_path / "pictures") and found.roots == (tmp_path / "pictures",)
+    assert found.validation.prompts == ("佐布", "a zorb") and found.validation.size == (512, 768)
+    assert found.file == tmp_path / "output" / "styles" / "zorb.safetensors"
+
+
+def test_names_are_looked_up_in_the_folders_that_were_given(tmp_path: Path) -> None:
+    for folder in ("models/LongCat-Image", "data/pictures"):
+        (tmp_path / folder).mkdir(parents=True)
+    file = tmp_path / "somewhere" / "run.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"checkpoint": "LongCat-Image", "dataset": {"folder": "pictures"}}), encoding="utf-8")
+    found = config.read(file, [tmp_path / "models"], [tmp_path / "data"])
+    assert found.checkpoint == tmp_path / "models" / "LongCat-Image" and found.name == "run"
+    with pytest.raises(LongCatError, match="no dataset 'pictures'"):
+        config.read(file, [tmp_path / "models"])
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([], "holds a list, not an object"),
+        ({"setings": {}}, r"'setings' \(did you mean 'settings'\?\)"),
+        ({"settings": {"lerning_rate": 1}}, "'lerning_rate'"),
+        ({"settings": 3}, "'settings' of the config is 3"),
+        ({"dataset": {"folder": "nowhere"}}, "no dataset 'nowhere'"),
+        ({"validation": {"step": 3}}, "'step'"),
+        ({"validation": {"size": [100, 100]}}, "not a multiple of 16"),
+        ({"validation": {"steps": 0}}, "validation settings are wrong"),
+        ({"checkpoint": "nothing"}, "no checkpoint 'nothing'"),
+        ({"name": "../up"}, "cannot be named"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_name(values: Any, told: str, write: Any) -> None:
+    whole = {"checkpoint": "LongCat-Image", "dataset": {"folder": "pictures"}}
+    with pytest.raises(LongCatError, match=told):
+        config.read(write({**whole, **values} if isinstance(values, dict) else values))
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{", encoding="utf-8")
+    for name in ("run.json", "missing.json"):
+        with pytest.raises(LongCatError, match="cannot be read as a training config"):
+            config.read(tmp_path / name)
+
+
+def test_simpletuners_quickstart_means_the_same_here(write: Any, tmp_path: Path) -> None:
+    found = config.read(write(QUICKSTART))
+    assert found.checkpoint == tmp_path / "LongCat-Image"
+    assert found.settings == TrainSettings(
+        steps=10_000,
+        batch=1,
+        rank=16,
+        learning_rate=1e-4,
+        targets="attention",
+        checkpointing="block",
+        offload="block",
+        offload_stream=False,
+        flow_shift=3.0,
+        warmup=0,
+    )
+    assert (found.validation.guidance, found.validation.steps, found.validation.size) == (4.5, 30, (1024, 1024))
+    assert found.dataset.resolutions == "1024,512" and found.dataset.repeats == 3 and found.dataset.grid == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"flow_schedule_shift": 0, "flow_schedule_auto_shift": True}, {"flow_shift": "batch"}),
+        ({"flow_schedule_shift": 1.88}, {"flow_shift": 1.88}),
+        ({"gradient_checkpointing": False}, {"checkpointing": "none"}),
+        ({"gradient_checkpointing_interval": 2}, {"checkpointing": "every-second"}),
+        ({"optimizer": "bnb-adamw8bit"}, {"optimiser": "adamw-8bit"}),
+        ({"optimizer": "prodigy", "learning_rate": "1.0"}, {"optimiser": "prodigy", "learning_rate": 1.0}),
+        ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10}, {"schedule": "constant", "warmup": 10}),
+        ({"use_ema": True, "ema_decay": 0.99}, {"ema": 0.99}),
+        ({"lora_alpha": 8, "max_train_steps": "30", "seed": 4}, {"alpha": 8, "steps": 30, "seed": 4}),
+        ({"gradient_accumulation_steps": 4, "max_grad_norm": 2.0}, {"accumulation": 4, "clip": 2.0}),
+        ({"checkpointing_steps": 5, "checkpoints_total_limit": 2, "validation_steps": 7},
+         {"save_every": 5, "keep": 2, "validate_every": 7}),
+    ],
+)  # fmt: skip
+def test_simpletuners_settings(given: dict[str, Any], expected: dict[str, Any], write: Any) -> None:
+    found = config.read(write({**QUICKSTART, **given})).settings
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_int8_is_taken_where_nothing_is_offloaded(write: Any) -> None:
+    values = {**QUICKSTART, "base_model_precision": "int8-quanto", "--enable_group_offload": False}
+    assert config.read(write(values)).settings.base_precision == "int8-quanto"
+    with pytest.raises(LongCatError, match="cannot move weights of the precision 'int8-quanto'"):
+        config.read(write({**values, "--enable_group_offload": True}))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"--lora_rnk": 4}, r"'lora_rnk' \(did you mean 'lora_rank'\?\)"),
+        ({"model_family": "flux"}, "'model_family' .* is 'flux'"),
+        ({"model_type": "full"}, "'model_type' .* is 'full'"),
+        ({"lora_type": "lycoris"}, "'lora_type' .* is 'lycoris'"),
+        ({"model_flavour": "pro"}, "'model_flavour' .* is 'pro'"),
+        ({"base_model_precision": "nf4-bnb"}, "'base_model_precision' .* is 'nf4-bnb'"),
+        ({"lr_scheduler": "polynomial"}, "'lr_scheduler' .* is 'polynomial'"),
+        ({"group_offload_to_disk_path": "/tmp/x"}, "'group_offload_to_disk_path'"),
+    ],
+)
+def test_what_this_trainer_does_not_do_is_refused_by_name(given: dict[str, Any], told: str, write: Any) -> None:
+    with pytest.raises(LongCatError, match=told):
+        config.read(write({**QUICKSTART, **given}))
+
+
+@pytest.mark.parametrize(
+    ("backends", "told"),
+    [
+        ([{"type": "aws", "instance_data_dir": "pictures"}], "'type' .* is 'aws'"),
+        ([{"instance_data_dir": "pictures"}, {"instance_data_dir": "before"}], "2 folders of pictures"),
+        ([{"instance_data_dir": "pictures", "repeat": 2}], r"'repeat' \(did you mean 'repeats'\?\)"),
+        ([{"dataset_type": "video", "instance_data_dir": "pictures"}], "'dataset_type' .* is 'video'"),
+        ([{"dataset_type": "text_embeds"}], "without a local image dataset"),
+    ],
+)
+def test_data_backends_that_cannot_be_read_are_refused(backends: Any, told: str, write: Any) -> None:
+    with pytest.raises(LongCatError, match=told):
+        config.read(write(QUICKSTART, backends))
+
+
+def test_keys_without_a_meaning_here_are_told(write: Any) -> None:
+    found = config.read(write({**QUICKSTART, "report_to": "wandb", "--push_to_hub": False}))
+    assert found.notes == ("'push_to_hub' means nothing here", "'report_to' means nothing here")
+
+
+def test_edit_backends_bring_the_pictures_before(write: Any, tmp_path: Path) -> None:
+    backends = [
+        {"id": "after", "instance_data_dir": "pictures", "conditioning_data": "before"},
+        {"id": "before", "dataset_type": "conditioning", "instance_data_dir": "before"},
+    ]
+    found = config.read(write(QUICKSTART, backends))
+    assert found.dataset.reference_folder == str(tmp_path / "before")
+    assert found.roots == (tmp_path / "pictures", tmp_path / "before")

@@ -16,7 +16,7 @@ from tools.tiny.pictures import LARGE, PLACEMENTS, paint, palette
 from tools.tiny.sampling import pack
 from tools.tiny.vae import encode_means
 
-PROMPT_WIDTH = 48  # tokens of prompt and pads in a training row; the longest caption has 41
+PROMPT_WIDTH = 48  # tokens of prompt and pads in a training row; the longest caption has 35
 
 
 @dataclass(frozen=True)

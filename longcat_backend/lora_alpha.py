@@ -22,6 +22,8 @@ _PEFT_DEFAULT = 8
 _PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "unet.")
 _UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "fan_in_fan_out")
 
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq")  # they took something from the weights that the LoRA goes with
+
 
 @dataclass(frozen=True)
 class Alphas:
@@ -91,6 +93,8 @@ def _alphas(config: Mapping[str, Any], source: str, name: str) -> Alphas:
     found = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("peft_type", "LORA") != "LORA":
         found.append(f"peft_type {config['peft_type']}")
+    if str(config.get("init_lora_weights")).startswith(_OTHER_BASE):
+        found.append(f"init_lora_weights {config['init_lora_weights']}")
     if config.get("bias", "none") != "none":
         found.append(f"bias {config['bias']}")
     if found:

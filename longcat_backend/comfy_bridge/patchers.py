@@ -197,11 +197,12 @@ def _group_class() -> Any:
 def _note_loaded(patcher: Any, device: Any) -> None:
     patcher.model.device = device
     patcher.model.model_loaded_weight_memory = patcher.model_size()
-    patcher.model.current_weight_patches_uuid = patcher.patches_uuid
+    patcher.model.current_weight_patches_uuid = None  # should the device's memory end in the next lines
     if patch_keys.is_transformer(patcher.model):
         side_branches.install(patcher.model, patcher.patches, device, _compute_dtype(patcher.model))
         _patch_tabulated(patcher.model, patcher.patches)
     _sync_table(patcher.model, patcher.patches_uuid)
+    patcher.model.current_weight_patches_uuid = patcher.patches_uuid
 
 
 def _compute_dtype(model: Any) -> torch.dtype:

@@ -60,12 +60,12 @@ def install(model: nn.Module, patches: Mapping[str, Sequence[Any]], device: torc
         dtype: in which it computes.
     """
     remove(model)
-    handles = []
+    handles: list[Any] = []
+    setattr(model, _HANDLES, handles)  # before the first branch: the device's memory may end in the middle
     for name, layer in model.named_modules():
         branches = [] if isinstance(layer, TabulatedLinear) else _branches(name, patches, device, dtype)
         if branches:
             handles.append(layer.register_forward_hook(_hook(branches)))
-    setattr(model, _HANDLES, handles)
 
 
 def remove(model: nn.Module) -> None:

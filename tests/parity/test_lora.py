@@ -235,6 +235,32 @@ def test_loras_add_up(kind: Kind, plain: Any, model: Any, velocity: Any, inputs:
     assert (velocity(stacked) - expected).abs().max() <= MOST
 
 
+def test_running_out_of_memory_half_way_leaves_nothing_behind(
+    plain: Any, model: Any, velocity: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longcat_pack.longcat_backend.comfy_bridge import side_branches
+
+    lora_files.write(tmp_path / "ours.safetensors", random_adapters(plain), dtype=torch.float32)
+    bare = model(BESIDE)
+    patched = apply(bare, tmp_path / "ours.safetensors")
+    expected = {patched: velocity(patched), bare: velocity(bare)}
+    branch = side_branches._branch
+    for following in (patched, bare):
+        calls: list[str] = []
+
+        def short(*args: Any, calls: list[str] = calls) -> Any:
+            calls.append("")
+            if len(calls) > 5:
+                raise torch.OutOfMemoryError("no memory left")
+            return branch(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(side_branches, "_branch", short)
+            velocity(patched)
+        assert torch.equal(velocity(following), expected[following])
+        velocity(bare)
+
+
 def test_another_strength_moves_no_weights(plain: Any, model: Any, velocity: Any, tmp_path: Path) -> None:
     """Quantised weights are moved as one piece, gigabytes of them, and a LoRA does not touch them."""
     lora_files.write(tmp_path / "ours.safetensors", random_adapters(plain), dtype=torch.float32)

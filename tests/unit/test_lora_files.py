@@ -269,6 +269,7 @@ class _Boom:
         ('{"lora_alpha": NaN}', "cannot be read"),
         ('{"alpha_pattern": [1]}', "cannot be read"),
         ('{"peft_type": "LOHA"}', "asks for peft_type LOHA"),
+        ('{"init_lora_weights": "pissa_niter_16"}', "asks for init_lora_weights pissa_niter_16"),
         ('{"use_dora": true}', "asks for use_dora"),
         ('{"bias": "all"}', "asks for bias all"),
     ],

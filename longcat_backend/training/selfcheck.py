@@ -124,10 +124,13 @@ def _difference(trained: Adapter, written: Adapter | None) -> float:
     """Between the changes that two adapters make to a random input, relative to the first."""
     if written is None:
         return float("inf")
-    probe = torch.randn(trained.down.shape[1], generator=torch.Generator().manual_seed(0))
-    wanted = trained.scale * trained.up @ (trained.down @ probe)
-    found = written.scale * written.up.float() @ (written.down.float() @ probe)
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    wanted = _change(trained)
+    return float((_change(written) - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def _change(adapter: Adapter) -> torch.Tensor:
+    probe = torch.randn(adapter.down.shape[1], generator=torch.Generator().manual_seed(0))
+    return adapter.scale * (adapter.up.float() @ (adapter.down.float() @ probe))
 
 
 @contextmanager

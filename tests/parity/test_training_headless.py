@@ -1,0 +1,98 @@
+"""Training and validating LongCat-Tiny from a JSON, without ComfyUI."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from longcat_pack.longcat_backend import checkpoints, lora_files
+from longcat_pack.longcat_backend.errors import LongCatError
+from longcat_pack.longcat_backend.training import __main__ as program
+from longcat_pack.longcat_backend.training import adapters, base, config, headless, selfcheck, state
+
+CPU = torch.device("cpu")
+SETTINGS = {
+    "steps": 4, "batch": 2, "rank": 2, "targets": "attention", "base_precision": "fp32", "checkpointing": "none",
+    "learning_rate": 5e-3, "validate_every": 0,
+}  # fmt: skip
+
+
+def write(folder: Path, pack_dir: Path) -> Path:
+    """A run on the demo's zorbs."""
+    values = {
+        "name": "zorb",
+        "checkpoint": str(pack_dir / "demo" / "LongCat-Tiny"),
+        "dataset": {"folder": "zorb", "resolutions": "128x128", "grid": 16, "held_out": 0.1, "trigger_word": "zorb"},
+        "settings": SETTINGS,
+        "validation": {"prompts": ["a zorb on a red background", "红色背景上的佐布"], "steps": 2},
+    }
+    folder.mkdir()
+    (folder / "zorb.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder / "zorb.json"
+
+
+@pytest.fixture(scope="module")
+def straight(pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The LoRA of a run in one sitting, by the program itself in the pack's folder."""
+    path = write(tmp_path_factory.mktemp("straight") / "run", pack_dir)
+    command = [sys.executable, "-m", "longcat_backend.training", str(path), "--device", "cpu"]
+    command += ["--data", str(pack_dir / "demo" / "datasets")]
+    done = subprocess.run(command, cwd=pack_dir, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return path.parent / "output" / "zorb.safetensors"
+
+
+def read(pack_dir: Path, tmp_path: Path) -> config.Config:
+    return config.read(write(tmp_path / "run", pack_dir), data=[pack_dir / "demo" / "datasets"])
+
+
+def test_an_interrupted_run_writes_the_same_file(straight: Path, pack_dir: Path, tmp_path: Path) -> None:
+    given = read(pack_dir, tmp_path)
+    answers = iter([False, True])
+    assert headless.train(given, CPU, lambda: next(answers)).stopped
+    half = given.file.read_bytes()
+    assert state.steps(given.run_folder) == [2]
+    result = headless.train(given, CPU, lambda: False)
+    assert result.step == 4 and not result.stopped
+    assert given.file.read_bytes() == straight.read_bytes() != half
+    assert (given.run_folder / "loss.png").is_file()
+
+
+def test_validation_draws_each_prompt_without_and_with_the_lora(straight: Path, pack_dir: Path) -> None:
+    path = straight.parents[1] / "zorb.json"
+    assert program.main(["validate", str(path), "--device", "cpu", "--data", str(pack_dir / "demo" / "datasets")]) == 0
+    with Image.open(straight.parent / "runs" / "zorb" / "validation.png") as grid:
+        assert grid.width >= 2 * 128 and grid.height >= 2 * 128
+
+
+def test_validation_needs_a_lora(pack_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(LongCatError, match="Train it first"):
+        headless.validate(read(pack_dir, tmp_path), CPU)
+
+
+def test_a_mistake_ends_the_program_with_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert program.main([str(tmp_path / "missing.json")]) == 1
+    assert "cannot be read as a training config" in caplog.text
+
+
+def test_a_file_that_differs_from_what_was_learnt_is_found(straight: Path, folder: Path, tmp_path: Path) -> None:
+    model = base.load_base(checkpoints.open_checkpoint(folder), "fp32", CPU)
+    adapters.inject(model.transformer, "attention", 2, 2.0, 0, CPU)
+    learnt = lora_files.read(straight).adapters
+    selfcheck.check_file(model, straight, learnt, CPU)
+    changed = [dataclasses.replace(each, up=each.up * 1.1) for each in learnt]
+    with pytest.raises(LongCatError, match="differs from what was learnt by"):
+        selfcheck.check_file(model, straight, changed, CPU)
+    nothing = [dataclasses.replace(each, up=each.up * 0) for each in learnt]
+    lora_files.write(tmp_path / "nothing.safetensors", nothing)
+    with pytest.raises(LongCatError, match="changes the output by 0"):
+        selfcheck.check_file(model, tmp_path / "nothing.safetensors", nothing, CPU)
+    lora_files.write(tmp_path / "half.safetensors", learnt[:3])
+    with pytest.raises(LongCatError, match="has 3 layers"):
+        selfcheck.check_file(model, tmp_path / "half.safetensors", learnt[:3], CPU)

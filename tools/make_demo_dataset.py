@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "demo" / "datasets" / "zorb"
 def main() -> None:
     """Draw all pictures anew."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for number, (picture, caption, _) in enumerate(zorb.training_pairs()):
+    for number, (picture, caption) in enumerate(zorb.training_pairs()):
         Image.fromarray(picture).save(FOLDER / f"{number:02}.png", optimize=True)
         (FOLDER / f"{number:02}.txt").write_text(caption + "\n", encoding="utf-8")
     print(FOLDER)

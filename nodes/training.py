@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..longcat_backend import precision, saving
-from ..longcat_backend.comfy_bridge import prompt_grid, training
+from ..longcat_backend.comfy_bridge import prompt_grid, training, training_request
 from ..longcat_backend.errors import LongCatError
 from ..longcat_backend.training import settings as choices
 from ..longcat_backend.training.settings import TrainSettings
@@ -308,7 +308,7 @@ class LongCatTrainLora(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, vae: Any, dataset: Any, name: str, **inputs: Any) -> io.NodeOutput:
         """Train, and show the grid and the loss on the node."""
-        request = training.Request(
+        request = training_request.Request(
             name,
             _settings(inputs),
             inputs.get("validation_prompts", ""),
@@ -326,10 +326,10 @@ def _settings(inputs: dict[str, Any]) -> TrainSettings:
     """The run's settings from those inputs that were given.
 
     Raises:
-        LongCatError: see :class:`TrainSettings` and :func:`training.base_precision`.
+        LongCatError: see :class:`TrainSettings` and :func:`training_request.base_precision`.
     """
     values = {name: inputs[name] for name in _PLAIN if name in inputs}
-    values["base_precision"] = training.base_precision(inputs["base_precision"])
+    values["base_precision"] = training_request.base_precision(inputs["base_precision"])
     shift, offload = inputs.get("flow_shift"), inputs.get("offload")
     if isinstance(shift, dict):
         values["flow_shift"] = shift["shift"] if shift["flow_shift"] == FIXED else shift["flow_shift"]

@@ -5,7 +5,7 @@ to the first, where the plan would fetch the wrong neighbour and leave it on the
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,10 @@ def groups(transformer: nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def recomputing(transformer: Any, block: nn.Module) -> Iterator[None]:
-    """While a block is computed again for its gradients, fetch the block before it and not the one after it."""
+    """While a block is computed again for its gradients, fetch the block before it and not the one after it.
+
+    A group of several blocks comes with the last of them and leaves with the first.
+    """
     own = [hook for hook in map(_hook, block.modules()) if hook is not None]
     inside = [hook.group for hook in own]
     leaving = [hook for hook in own if hook.next_group is not None and hook.next_group not in inside]
@@ -67,11 +70,26 @@ def recomputing(transformer: Any, block: nn.Module) -> Iterator[None]:
     before = _before(transformer, block)
     for hook in leaving:
         hook.next_group = before
+    hook = _hook(block)
     try:
-        yield
+        with nullcontext() if hook is None else _held(hook.group, block):
+            yield
     finally:
         for hook, group in zip(leaving, planned, strict=True):
             hook.next_group = group
+
+
+@contextmanager
+def _held(group: Any, block: nn.Module) -> Iterator[None]:
+    if group.onload_leader is not block and any(part.device == group.offload_device for part in group.parameters):
+        group.onload_()
+    leader, group.offload_leader = group.offload_leader, None
+    try:
+        yield
+    finally:
+        group.offload_leader = leader
+    if group.onload_leader is block:
+        group.offload_()
 
 
 def _before(transformer: Any, block: nn.Module) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import tiny_training as tiny
 import torch
+from diffusers.hooks.group_offloading import ModuleGroup
+from torch import nn
 from torch.func import functional_call
 
 from longcat_pack.longcat_backend import flow, memory, precision, quantisation
@@ -204,3 +206,29 @@ def test_the_loss_curve_beside_an_int8_base_is_that_of_its_dequantised_weights(t
     expected = curve(tmp_path / "plain", model=plain)
     assert curve(tmp_path / "int8", base="int8-quanto") == pytest.approx(expected, rel=1e-4)
     assert expected != pytest.approx(curve(tmp_path / "fp32"), rel=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_group_offload_has_weights_there_when_they_are_used_and_nowhere_else(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nothing moves, so the groups' own calls stand for it."""
+    monkeypatch.setattr(memory, "_STREAMING", ("cuda", "xpu", "cpu"))
+    there: set[int] = set()
+    monkeypatch.setattr(ModuleGroup, "onload_", lambda group: there.add(id(group)))
+    monkeypatch.setattr(ModuleGroup, "offload_", lambda group: there.discard(id(group)))
+    run = prepared(mixed(), checkpointing="block", offload="block", offload_stream=False, offload_blocks=blocks)
+    transformer = run.model.transformer
+    used: list[int] = []
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        group = offload._hook(block).group
+
+        def check(module: nn.Module, inputs: object, group: Any = group) -> None:
+            assert id(group) in there
+            used.append(len(there))
+
+        block.attn.register_forward_pre_hook(check)
+    run.gradients(((0,),))
+    assert len(used) == 2 * 5  # forward and recomputation of five blocks
+    assert max(used) == 2  # the blocks' group and that of what is outside the blocks
+    assert not there

@@ -27,16 +27,30 @@ from .precision import Preset
 GROUP = 64
 
 
+class _Int4Product(torch.autograd.Function):
+    """A product with a frozen int4 weight. quanto's own would compile a kernel with nvcc."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: QBitsTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight
+        return functional.linear(input, unpacked(weight), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0] @ unpacked(ctx.weight), None, None
+
+
 class QuantisedLinear(QLinear):
     """A frozen quanto layer that runs in inference mode, can be copied, and refuses a cast in words."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As in the base class, whose int4 product makes a view that inference mode does not allow.
 
-        With gradients it saves the quantised weight for the backward pass; without, there is nothing to save.
+        With gradients the packed weight is unpacked once more in the backward pass, not kept until then.
         """
-        if self.weight_qtype == qint4 and not torch.is_grad_enabled():
-            return functional.linear(input, unpacked(self.weight), self.bias)
+        if self.weight_qtype == qint4:
+            product: torch.Tensor = _Int4Product.apply(input, self.weight, self.bias)
+            return product
         result: torch.Tensor = super().forward(input)
         return result
 

@@ -148,8 +148,9 @@ def test_gradients_of_edit_pairs_equal_the_reference() -> None:
     compare(run, reference_weights(run))
 
 
-def test_gradients_beside_an_int8_base_equal_those_of_its_dequantised_weights() -> None:
-    run = prepared(mixed(), base="int8-quanto")
+@pytest.mark.parametrize("name", ["int8-quanto", "int4-quanto"])
+def test_gradients_beside_a_quantised_base_equal_those_of_its_dequantised_weights(name: str) -> None:
+    run = prepared(mixed(), base=name)
     plain = dict(tiny.transformer(torch.float64).named_parameters())
     base = reference_weights(run)
     assert not torch.equal(

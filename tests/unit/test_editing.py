@@ -121,7 +121,10 @@ def test_eight_bits_survive_the_way_to_the_pipelines_picture_and_alpha_is_left_o
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda given: given.update(clip=None), "LongCatEditEncode needs the CLIP.*or CLIPLoader with type longcat_image"),
+        (
+            lambda given: given.update(clip=None),
+            "LongCatEditEncode needs the CLIP.*or CLIPLoader with type longcat_image",
+        ),
         (lambda given: given.update(vae=None), "needs the VAE of LongCatLoader .* got nothing"),
         (lambda given: given.update(image=None), "needs a picture to edit"),
         (lambda given: given.update(image=torch.rand(0, 8, 8, 3)), "needs a picture to edit"),

@@ -1,6 +1,7 @@
 """A run without ComfyUI as one JSON file: what LongCatTrainLora exports, or SimpleTuner's ``config.json``."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PureWindowsPath
@@ -12,6 +13,7 @@ from . import simpletuner
 from .dataset import DatasetSettings
 from .settings import TrainSettings, unknown_keys
 
+_TEXT_OR_COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 SECTIONS = ("name", "checkpoint", "dataset", "settings", "validation", "output")
 
 
@@ -127,8 +129,10 @@ def read_list(path: Path) -> list[Any]:
 
 
 def _json(path: Path) -> Any:
+    """What a file holds; comments, as SimpleTuner's guides write them, are left out."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(_TEXT_OR_COMMENT.sub(lambda found: found[1] or "", text))
     except (OSError, ValueError) as error:
         raise _no_config(path, str(error)) from error
 

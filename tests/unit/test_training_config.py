@@ -66,6 +66,13 @@ def test_our_config_is_read_back(write: Any, tmp_path: Path) -> None:
     assert found.file == tmp_path / "output" / "styles" / "zorb.safetensors"
 
 
+def test_comments_are_left_out_and_texts_are_not(write: Any) -> None:
+    name = 'a//b " /* c */'
+    path = write({"checkpoint": "LongCat-Image", "dataset": {"folder": "pictures"}, "name": name})
+    path.write_text(path.read_text().replace("{", "{ // one\n /* two\n lines */", 1), encoding="utf-8")
+    assert config.read_json(path)["name"] == name
+
+
 def test_names_are_looked_up_in_the_folders_that_were_given(tmp_path: Path) -> None:
     for folder in ("models/LongCat-Image", "data/pictures"):
         (tmp_path / folder).mkdir(parents=True)

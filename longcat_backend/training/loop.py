@@ -98,7 +98,10 @@ def train(
         found = state.latest(run_folder)
         if found is not None:
             _refuse_other_run(found.values, identity, run_folder)
-        run = _begin(model, data, settings, run_folder, device, scheduler)
+        try:
+            run = _begin(model, data, settings, run_folder, device, scheduler)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory("before the first step", "第一步之前", settings, error) from error
         if found is not None:
             run.restore(found)
             log.info("The run in '%s' goes on after step %d of %d.", run_folder, run.step, settings.steps)
@@ -142,8 +145,11 @@ class _Sitting:
         run, settings = self.run, self.run.settings
         stopped = False
         while run.step < settings.steps and not stopped:
-            self._step()
-            best = self._validate() if _due(settings.validate_every, run.step) else False
+            try:
+                self._step()
+                best = self._validate() if _due(settings.validate_every, run.step) else False
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory(error) from error
             stopped = self.events.should_stop()
             if best or stopped or run.step == settings.steps or _due(settings.save_every, run.step):
                 self._save()
@@ -158,10 +164,7 @@ class _Sitting:
 
     def _step(self) -> None:
         began = time.perf_counter()
-        try:
-            loss = self.run.advance()
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(error) from error
+        loss = self.run.advance()
         took = time.perf_counter() - began
         self.pace = took if not self.pace else _SMOOTHING * self.pace + (1 - _SMOOTHING) * took
         run = self.run
@@ -174,8 +177,22 @@ class _Sitting:
             if run.data.held_out:
                 loss = validation.held_out_loss(run.model, run.data, run.shift, run.settings.seed, run.device)
                 run.history.held_out.append((run.step, loss))
-            self.events.on_validation(run.step, run.model)
+            self._draw()
         return run.history.best_step == run.step
+
+    def _draw(self) -> None:
+        """Validation pictures are worth less than the run: without memory for them it goes on, and says so."""
+        try:
+            self.events.on_validation(self.run.step, self.run.model)
+        except torch.OutOfMemoryError as error:
+            engine.free(self.run.device)
+            log.warning(
+                "There was no memory for the validation pictures of step %d (%s); the training goes on. Lower their "
+                "size or number. 第 %d 步的验证图像显存不足，训练继续进行；请减小其尺寸或数量。",
+                self.run.step,
+                error,
+                self.run.step,
+            )
 
     def _save(self) -> None:
         if self.saved == self.run.step:
@@ -188,17 +205,25 @@ class _Sitting:
     def _out_of_memory(self, error: Exception) -> LongCatError:
         engine.free(self.run.device)
         self._save()
-        settings = self.run.settings
-        return LongCatError(
-            f"The device ran out of memory in step {self.run.step + 1} ({error}). The state of step {self.run.step} is "
-            f"saved. Turn down, in this order: checkpointing (is '{settings.checkpointing}', 'block' needs least), the "
-            f"base precision (is '{settings.base_precision}', 'int8-quanto' and 'int4-quanto' need less), the "
-            f"resolution of the dataset, batch (is {settings.batch}), or set offload to 'block'.",
-            f"设备在第 {self.run.step + 1} 步显存不足（{error}）。第 {self.run.step} 步的状态已保存。请依次调低："
-            f"梯度检查点（当前“{settings.checkpointing}”，“block”占用最少）、基础精度（当前“{settings.base_precision}”，"
-            f"“int8-quanto”和“int4-quanto”占用更少）、数据集分辨率、batch（当前 {settings.batch}），"
-            "或把 offload 设为“block”。",
+        step = self.run.step
+        return _out_of_memory(
+            f"in step {step + 1} (the state of step {step} is saved)",
+            f"第 {step + 1} 步（第 {step} 步的状态已保存）",
+            self.run.settings,
+            error,
         )
+
+
+def _out_of_memory(when: str, when_zh: str, settings: TrainSettings, error: Exception) -> LongCatError:
+    return LongCatError(
+        f"The device ran out of memory {when}: {error}. Turn down, in this order: checkpointing (is "
+        f"'{settings.checkpointing}', 'block' needs least), the base precision (is '{settings.base_precision}', "
+        f"'int8-quanto' and 'int4-quanto' need less), the resolution of the dataset, batch (is {settings.batch}), or "
+        "set offload to 'block'.",
+        f"设备显存不足（{when_zh}）：{error}。请依次调低：梯度检查点（当前“{settings.checkpointing}”，“block”占用最少）、"
+        f"基础精度（当前“{settings.base_precision}”，“int8-quanto”和“int4-quanto”占用更少）、数据集分辨率、"
+        f"batch（当前 {settings.batch}），或把 offload 设为“block”。",
+    )
 
 
 def _due(every: int, step: int) -> bool:

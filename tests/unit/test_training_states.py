@@ -189,6 +189,28 @@ def test_running_out_of_memory_says_what_to_turn_down_and_saves(
     assert_same(train(tmp_path), straight)
 
 
+def test_running_out_of_memory_before_the_first_step_says_what_to_turn_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hungry(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop.engine, "place", hungry)
+    with pytest.raises(LongCatError, match="before the first step: CUDA out of memory.*checkpointing"):
+        train(tmp_path)
+
+
+def test_pictures_without_memory_for_them_do_not_end_the_run(
+    tmp_path: Path, straight: Result, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hungry(step: int, model: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with caplog.at_level("WARNING"):
+        assert_same(train(tmp_path, on_validation=hungry), straight)
+    assert "no memory for the validation pictures of step 3" in caplog.text
+
+
 def test_a_loss_that_is_not_a_number_stops_before_the_adapters_change(tmp_path: Path) -> None:
     broken = tiny.pictures(dropout=0.0)
     broken.examples[2].latent.fill_(float("nan"))

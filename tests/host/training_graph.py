@@ -15,7 +15,7 @@ from host.graphs import Graph
 from longcat_pack.tools.host import ComfyServer
 from longcat_pack.tools.results import Result
 
-DRAWING = {"size": "custom", "size.width": 128, "size.height": 128, "steps": 10, "guidance": 4.0}
+DRAWING = {"size": "custom", "size.width": 128, "size.height": 128, "steps": 10, "guidance": 2.0}
 QUICK = {
     "steps": 3,
     "learning_rate": 1e-3,

@@ -1,8 +1,8 @@
 """What a run will need on the device, before its first step, and which change would make it fit.
 
 Weights, adapters and optimiser are counted. What a forward keeps for the backward pass is a multiple of the tokens,
-measured once: on an H100 at 1024x1024 in bf16, rank 16 beside the 100 attention layers took 24.9 GiB without
-recomputation and 13.4 GiB with it, of which the weights are 11.7 (DESIGN.md section 8).
+measured at full size (benchmarks/results/training.json, rank 16 beside the 100 attention layers); what more targets
+keep on top of that is counted from the inputs of their layers.
 """
 
 import math
@@ -18,7 +18,7 @@ from .adapters import PATTERNS
 from .settings import TrainSettings
 
 # What a block keeps, in numbers of the size tokens x hidden size; more targets keep more inputs.
-_KEPT = {"attention": 16.4, "official": 18.0, "all": 19.4}
+_KEPT = {"attention": 12.4, "official": 14.0, "all": 15.4}
 _INPUTS = 1.0  # that many are kept of a block that is computed again
 _WORKSPACE = GIB // 4
 # Bytes of an adapter's number: its fp32 master, gradient and copy in the computation, and the optimiser's state.

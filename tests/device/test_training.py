@@ -18,13 +18,12 @@ from longcat_pack.longcat_backend.training.settings import TrainSettings
 SETTINGS = TrainSettings(
     steps=6, batch=2, rank=4, targets="all", learning_rate=5e-3, base_precision="fp32", seed=3, validate_every=3
 )
-# Sizes that every kernel takes: fp8 wants multiples of 16, flash attention a head of 8 or more.
 DATA = tiny.pictures(held_out=(4,))
 
 
 @pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
-    """fp32 products without TF32, and compiled code of one test out of the way of the next."""
+def own_compiled_code() -> Iterator[None]:
+    """Compiled code of one test out of the way of the next."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

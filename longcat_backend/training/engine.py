@@ -3,6 +3,7 @@
 Nothing here changes what is computed (DESIGN.md D5): the transformer's own hooks are used, its forward stays as it is.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .offload import apply_offload, groups, recomputing
 from .settings import TrainSettings
+
+log = logging.getLogger(__name__)
 
 
 def place(transformer: nn.Module, settings: TrainSettings, device: torch.device, folder: Path) -> None:
@@ -31,6 +34,12 @@ def place(transformer: nn.Module, settings: TrainSettings, device: torch.device,
     if offload is None:
         transformer.to(device)
     else:
+        if settings.checkpointing != "block":
+            log.warning(
+                "Blocks that are not computed again keep their weights on the device until the backward pass: with "
+                "offload, set checkpointing to 'block'. 未重计算的块会让权重留在设备上直到反向传播；使用 offload 时"
+                "请把梯度检查点设为“block”。"
+            )
         transformer.to("cpu")
         apply_offload(transformer, offload, device, folder)
 

@@ -1,6 +1,7 @@
 """Optimisers of kept libraries by one name each, and the learning rate as a function of the step."""
 
 import importlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +22,10 @@ _OPTIONAL = {
     "prodigy": ("prodigyopt", "Prodigy", "prodigyopt"),
     "lion": ("lion_pytorch", "Lion", "lion-pytorch"),
 }
+LEAST_PRODIGY_RATE = 0.1
 # What its authors advise for diffusion models, see prodigyopt's README.
 _PRODIGY = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+log = logging.getLogger(__name__)
 
 
 def make(settings: TrainSettings, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -35,6 +38,13 @@ def make(settings: TrainSettings, parameters: Sequence[nn.Parameter]) -> torch.o
     if settings.optimiser == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=decay)
     kind = _optional(settings.optimiser)
+    if settings.optimiser == "prodigy" and rate < LEAST_PRODIGY_RATE:
+        log.warning(
+            "Prodigy finds the learning rate by itself and multiplies it by yours, which is %g: set it to 1. "
+            "Prodigy 会自行估计学习率并乘以您设置的 %g：请设为 1。",
+            rate,
+            rate,
+        )
     betas = LION_BETAS if settings.optimiser == "lion" else BETAS
     extra = _PRODIGY if settings.optimiser == "prodigy" else {}
     optimiser: torch.optim.Optimizer = kind(parameters, lr=rate, betas=betas, weight_decay=decay, **extra)

@@ -162,11 +162,12 @@ def test_gradients_beside_a_quantised_base_equal_those_of_its_dequantised_weight
 @pytest.mark.parametrize("level", ["block", "leaf"])
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 def test_gradients_with_group_offload_equal_the_reference(
-    level: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+    level: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(memory, "_STREAMING", ("cuda", "xpu", "cpu"))  # the CPU stands for the device as well
     run = prepared(mixed(), checkpointing=checkpointing, offload=level, offload_stream=False)
     assert list(offload.groups(run.model.transformer))
+    assert ("set checkpointing to 'block'" in caplog.text) is (checkpointing == "none")
     compare(run, reference_weights(run))
 
 

@@ -99,3 +99,11 @@ def test_the_average_follows_at_a_growing_decay() -> None:
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
         assert float(average.weights[0]) == pytest.approx(expected)
+
+
+def test_prodigy_with_a_rate_of_another_optimiser_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    for rate, warned in ((1.0, False), (1e-4, True)):
+        caplog.clear()
+        optimisers.make(TrainSettings(optimiser="prodigy", learning_rate=rate), [parameter])
+        assert ("set it to 1" in caplog.text) is warned

@@ -24,12 +24,18 @@ def bridge(comfy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return importlib.import_module("longcat_pack.longcat_backend.comfy_bridge.datasets")
 
 
-def test_only_the_input_folder_is_read_unless_the_owner_lists_more(
-    bridge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def demo(pack_dir: Path) -> Path:
+    """The datasets that come with the pack."""
+    return pack_dir / "demo" / "datasets"
+
+
+def test_only_the_input_folder_and_the_demo_are_read_unless_the_owner_lists_more(
+    bridge: Any, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "two", "three"):
         (tmp_path / name / "pictures").mkdir(parents=True)
-    assert bridge.roots() == [tmp_path / "input"]
+    assert bridge.roots() == [tmp_path / "input", demo]
     with pytest.raises(LongCatError):
         sources.resolve_folder(str(tmp_path / "one"), bridge.roots())
     listed = os.pathsep.join(str(tmp_path / name) for name in ("one", "two"))
@@ -41,9 +47,9 @@ def test_only_the_input_folder_is_read_unless_the_owner_lists_more(
 
 
 def test_a_listed_place_that_is_none_is_named(
-    bridge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bridge: Any, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LONGCAT_DATASET_ROOTS", os.pathsep.join(["here", str(tmp_path / "gone")]))
     with caplog.at_level(logging.WARNING):
-        assert bridge.roots() == [tmp_path / "input", tmp_path / "gone"]
+        assert bridge.roots() == [tmp_path / "input", tmp_path / "gone", demo]
     assert "'here' in LONGCAT_DATASET_ROOTS" in caplog.text and "gone' in LONGCAT_DATASET_ROOTS" in caplog.text

@@ -1,7 +1,8 @@
 """Draw the thumbnails of the bundled workflows: `python -m tools.make_thumbnails` in the repository root.
 
 Runs the API twin of every workflow in a ComfyUI of its own (COMFYUI_PATH, or the tree that `run.py` keeps)
-and writes workflows/<name>.jpg from the picture. Needs the environment that `run.py` makes.
+and writes workflows/<name>.jpg from the picture; in the order of their names, since lora_use draws with what
+lora_train makes. Needs the environment that `run.py` makes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def main() -> None:
         for path in sorted((ROOT / "workflows").glob("*.json")):
             result = server.run(load_workflow(ROOT / "tests" / "api" / path.name))
             target = path.with_suffix(".jpg")
-            thumbnail(server.view(result.images[0])).save(target, quality=QUALITY)
+            picture = next(each for each in result.images if each["type"] == "output")
+            thumbnail(server.view(picture)).save(target, quality=QUALITY)
             print(target.relative_to(ROOT))
 
 

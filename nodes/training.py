@@ -288,6 +288,7 @@ class LongCatTrainLora(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="What was trained, and where everything is."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -307,7 +308,8 @@ class LongCatTrainLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any, vae: Any, dataset: Any, name: str, **inputs: Any) -> io.NodeOutput:
-        """Train, and show the grid and the loss on the node."""
+        """Train, and show the grid on the node."""
+        _refuse_unknown(cls.hidden, inputs)
         request = training_request.Request(
             name,
             _settings(inputs),
@@ -320,6 +322,18 @@ class LongCatTrainLora(io.ComfyNode):
         made = training.train(model, clip, vae, dataset, request)
         outputs = (made.model, made.lora, str(made.file), made.chart, made.grid, made.config, made.report)
         return io.NodeOutput(*outputs, ui=ui.PreviewImage(made.grid, cls=cls))
+
+
+def _refuse_unknown(hidden: Any, inputs: dict[str, Any]) -> None:
+    """ComfyUI leaves out a dynamic input whose value it does not know, as if it had not been set."""
+    given = (hidden.prompt or {}).get(hidden.unique_id, {}).get("inputs", {})
+    known = {"flow_shift": (*choices.FLOW_SHIFTS, FIXED), "offload": (NONE, GROUP_OFFLOAD)}
+    for name, values in known.items():
+        if name in given and not isinstance(inputs.get(name), dict):
+            raise LongCatError(
+                f"There is no {name} '{given[name]}'. Choose one of: {', '.join(values)}.",
+                f"{name} 没有“{given[name]}”这一选项。请选择：{', '.join(values)}。",
+            )
 
 
 def _settings(inputs: dict[str, Any]) -> TrainSettings:

@@ -73,6 +73,12 @@ def test_a_name_that_leads_out_is_refused_before_anything_runs(training_server: 
     rejected(training_server, training_graph.graph("../outside"), "3", ("cannot be used",))
 
 
+def test_a_choice_that_there_is_not_is_refused(training_server: ComfyServer) -> None:
+    for name, known in (("flow_shift", "batch"), ("offload", "group offload")):
+        graph = changed(training_graph.graph("unknown"), **{f"3.{name}": "mine"})
+        failed(training_server, graph, "3", (name, "mine", known))
+
+
 def test_the_server_is_fine_after_a_run_that_failed(training_server: ComfyServer) -> None:
     """A dataset for editing does not suit a checkpoint that draws; and the next prompt draws."""
     graph = training_graph.graph("wrong-task")

@@ -1,0 +1,59 @@
+"""The lesson of the tests and of benchmarks/teach_zorb.py: the zorb, from the 16 pictures of the demo dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from host import training_graph
+from host.graphs import Graph
+from host.training_graph import add_grid, saved
+from longcat_pack.tools.host import ComfyServer
+from longcat_pack.tools.results import Result
+from scoring import scenes, score, zorb
+
+HELD_OUT = zorb.held_out_prompts()
+UNSEEN = HELD_OUT[:4]
+# Some of the demo model's own held-out prompts, as many Chinese as English ones.
+OLD = scenes.held_out_prompts()[5::17]
+RECIPE = {
+    "steps": 700,
+    "learning_rate": 2.5e-3,
+    "rank": 32,
+    "targets": "all",
+    "schedule": "cosine",
+    "weight_decay": 0.0,
+    "validate_every": 350,
+    "validation_steps": 4,
+    "validation_guidance": 2.0,
+    "validation_prompts": "a large yellow zorb on the left on a red background\n绿色背景上，右边有一个黄色的大佐布",
+}
+ASKED: dict[str, tuple[list[Any], Any]] = {
+    "zorbs": (HELD_OUT, zorb),
+    "unseen": (UNSEEN, zorb),
+    "old": (OLD, score),
+    "old-before": (OLD, score),
+}
+
+
+def graph(**settings: Any) -> Graph:
+    """Train, then draw what was learnt and what was known, with the trained MODEL and with the one before.
+
+    Args:
+        settings: of LongCatTrainLora in the place of the recipe's.
+    """
+    made = training_graph.graph("zorb", **{**RECIPE, **settings})
+    for key, (asked, _) in ASKED.items():
+        add_grid(made, key, [prompt for prompt, _ in asked], ["1" if key in ("unseen", "old-before") else "3", 0])
+    for key, output in (("loss", 3), ("sheet", 4)):
+        inputs = {"images": ["3", output], "filename_prefix": f"grid/{key}"}
+        made[key] = {"class_type": "SaveImage", "inputs": inputs}
+    return made
+
+
+def rates(server: ComfyServer, result: Result) -> dict[str, dict[str, float]]:
+    """The shares of the pictures, 0..1, that show what was asked for: of each grid, by attribute."""
+    found = {}
+    for key, (asked, judge) in ASKED.items():
+        pictures = zip(saved(server, result, f"{key}-saved"), asked, strict=True)
+        found[key] = judge.summarise([judge.score_image(picture, scene) for picture, (_, scene) in pictures])
+    return found

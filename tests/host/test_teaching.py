@@ -31,7 +31,7 @@ def test_a_new_word_is_learnt_in_both_languages_and_what_was_known_stays(
     found = teaching.rates(training_server, taught)
     assert found["unseen"]["all"] <= 0.05, found
     assert found["zorbs"]["all"] >= 0.8, found
-    one_picture = 1 / len(teaching.OLD)
+    one_picture = 1.01 / len(teaching.OLD)  # rounding aside
     assert found["old"]["all"] >= found["old-before"]["all"] - one_picture, found
 
 

@@ -17,7 +17,7 @@ UNSEEN = HELD_OUT[:4]
 OLD = scenes.held_out_prompts()[5::17]
 RECIPE = {
     "steps": 700,
-    "learning_rate": 2.5e-3,
+    "learning_rate": 1.5e-3,
     "rank": 32,
     "targets": "all",
     "schedule": "cosine",

@@ -13,8 +13,8 @@ from scoring import scenes, score, zorb
 
 HELD_OUT = zorb.held_out_prompts()
 UNSEEN = HELD_OUT[:4]
-# Some of the demo model's own held-out prompts, as many Chinese as English ones.
-OLD = scenes.held_out_prompts()[5::17]
+# Of the demo model's own 200 held-out prompts, half of them Chinese, every so many are asked for.
+OLD_EVERY = 17
 RECIPE = {
     "steps": 700,
     "learning_rate": 1.5e-3,
@@ -27,33 +27,33 @@ RECIPE = {
     "validation_guidance": 2.0,
     "validation_prompts": "a large yellow zorb on the left on a red background\n绿色背景上，右边有一个黄色的大佐布",
 }
-ASKED: dict[str, tuple[list[Any], Any]] = {
-    "zorbs": (HELD_OUT, zorb),
-    "unseen": (UNSEEN, zorb),
-    "old": (OLD, score),
-    "old-before": (OLD, score),
-}
 
 
-def graph(**settings: Any) -> Graph:
+def asked(old_every: int = OLD_EVERY) -> dict[str, tuple[list[Any], Any]]:
+    """What is drawn, by grid: prompts with their scenes, and who judges them."""
+    old = scenes.held_out_prompts()[5 % old_every :: old_every]
+    return {"zorbs": (HELD_OUT, zorb), "unseen": (UNSEEN, zorb), "old": (old, score), "old-before": (old, score)}
+
+
+def graph(old_every: int = OLD_EVERY, **settings: Any) -> Graph:
     """Train, then draw what was learnt and what was known, with the trained MODEL and with the one before.
 
     Args:
         settings: of LongCatTrainLora in the place of the recipe's.
     """
     made = training_graph.graph("zorb", **{**RECIPE, **settings})
-    for key, (asked, _) in ASKED.items():
-        add_grid(made, key, [prompt for prompt, _ in asked], ["1" if key in ("unseen", "old-before") else "3", 0])
+    for key, (prompts, _) in asked(old_every).items():
+        add_grid(made, key, [prompt for prompt, _ in prompts], ["1" if key in ("unseen", "old-before") else "3", 0])
     for key, output in (("loss", 3), ("sheet", 4)):
         inputs = {"images": ["3", output], "filename_prefix": f"grid/{key}"}
         made[key] = {"class_type": "SaveImage", "inputs": inputs}
     return made
 
 
-def rates(server: ComfyServer, result: Result) -> dict[str, dict[str, float]]:
+def rates(server: ComfyServer, result: Result, old_every: int = OLD_EVERY) -> dict[str, dict[str, float]]:
     """The shares of the pictures, 0..1, that show what was asked for: of each grid, by attribute."""
     found = {}
-    for key, (asked, judge) in ASKED.items():
-        pictures = zip(saved(server, result, f"{key}-saved"), asked, strict=True)
+    for key, (prompts, judge) in asked(old_every).items():
+        pictures = zip(saved(server, result, f"{key}-saved"), prompts, strict=True)
         found[key] = judge.summarise([judge.score_image(picture, scene) for picture, (_, scene) in pictures])
     return found

@@ -13,7 +13,7 @@ from longcat_pack.tools.host import ComfyServer
 from longcat_pack.tools.results import Event, Interrupted
 
 PROMPTS = ["a large red star in the centre on a blue background", "绿色背景上，中间有一个大的黄色心形"]
-SMALL = {"size.width": 64, "size.height": 64, "steps": 2}
+SMALL = {"size.width": 64, "size.height": 64, "steps": 2, "guidance": 4.0}
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from host.training_graph import add_grid, run_folder, saved
 from longcat_pack.tools.host import ComfyServer
 from longcat_pack.tools.results import Result
 
-# Less than the gates of benchmarks/teach_zorb.py (80 %, 3 points): processors round differently, 700 updates enlarge that,
-# and of so few pictures one is 5 or 8 points. Of fifty old prompts the recipe loses 16 points (its committed result).
+# Less than the gates of benchmarks/teach_zorb.py (80 %, 3 points): processors round differently, 700 updates enlarge
+# that, and of so few pictures one is 5 or 8 points. Of fifty old prompts the recipe loses 16 points (committed result).
 LEARNT = 0.6
 LOST = 0.35
 

@@ -143,6 +143,10 @@ def _whole_class() -> Any:
                 _note_loaded(self, device_to)
             return super().partially_load(device_to, *args, **kwargs)
 
+        def partially_unload(self, *args: Any, **kwargs: Any) -> int:
+            """Free nothing, so that the host unloads all of it; torchao's weights could not be asked for their size."""
+            return 0
+
         def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> None:
             """Copy all weights to the device; the originals wait where they are, so unloading copies nothing."""
             if not _is_away(self.model):

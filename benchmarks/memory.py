@@ -85,7 +85,8 @@ def measure(recipe: Mapping[str, Any], card: Card) -> Iterator[dict[str, Any]]:
     worker = Worker(recipe)
     loading = None
     for cap in recipe["caps"]:
-        row = {"name": recipe["name"], "cap_gib": cap}
+        began = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
+        row = {"name": recipe["name"], "cap_gib": cap, "began": began}
         try:
             loading = loading or worker.ask(None, "READY")
             card.leave(cap)
@@ -97,10 +98,25 @@ def measure(recipe: Mapping[str, Any], card: Card) -> Iterator[dict[str, Any]]:
     worker.close()
 
 
-def run_all(recipes: Sequence[Mapping[str, Any]], folder: Path, out: Path, deadline: float) -> None:
-    """Measure every recipe, writing the table after each row."""
+def kept_rows(out: Path, recipes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of ``out`` about other recipes.
+
+    Raises:
+        SystemExit: they were measured under other conditions.
+    """
+    found = json.loads(out.read_text(encoding="utf-8"))
+    now = report([])
+    if any(found[key] != now[key] for key in ("device", "versions", "settings")):
+        raise SystemExit(f"{out} is of another device, other versions or settings: measure all recipes anew")
+    names = {recipe["name"] for recipe in recipes}
+    return [row for row in found["rows"] if row["name"] not in names]
+
+
+def run_all(
+    recipes: Sequence[Mapping[str, Any]], folder: Path, out: Path, deadline: float, rows: list[dict[str, Any]]
+) -> None:
+    """Measure every recipe, adding to ``rows`` and writing the table after each one."""
     card = Card()
-    rows: list[dict[str, Any]] = []
     for recipe in recipes:
         if time.perf_counter() > deadline:
             print(f"no time left for {recipe['name']}", flush=True)
@@ -132,6 +148,7 @@ def main() -> None:
         "--folder", type=Path, help="a checkpoint that full_size/checkpoint.py wrote (default: a new one)"
     )
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--keep", action="store_true", help="keep the file's rows about other recipes")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no recipe after so many")
     options = parser.parse_args()
     deadline = time.perf_counter() + options.seconds
@@ -142,12 +159,13 @@ def main() -> None:
     ]
     from benchmarks.full_size import checkpoint
 
+    rows = kept_rows(options.out, recipes) if options.keep else []
     with tempfile.TemporaryDirectory() as root:
         folder = options.folder or Path(root) / "LongCat-Image"
         if not folder.exists():
             checkpoint.build(folder)
             torch.cuda.empty_cache()
-        run_all(recipes, folder, options.out, deadline)
+        run_all(recipes, folder, options.out, deadline, rows)
 
 
 if __name__ == "__main__":

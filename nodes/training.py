@@ -37,6 +37,7 @@ _PLAIN = (
     "save_every",
     "keep",
     "validate_every",
+    "preservation_weight",
 )
 
 
@@ -168,6 +169,7 @@ def _advanced_inputs() -> list[Any]:
             tooltip="Keep the base in the computer's memory and bring it to the GPU in parts; not a quantised one.",
         ),
         *_validation_inputs(),
+        *_preservation_inputs(),
     ]
 
 
@@ -258,6 +260,29 @@ def _validation_inputs() -> list[Any]:
         ),
         io.Int.Input(
             "validation_seed", default=0, min=0, max=prompt_grid.MAX_SEED, tooltip="Seed of the pictures.", **shared
+        ),
+    ]
+
+
+def _preservation_inputs() -> list[Any]:
+    return [
+        io.String.Input(
+            "preservation_prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="What the model must go on drawing as before, one prompt a line; a few dozen are best. The base "
+            "draws them once before the first step, and each step takes about twice as long. Empty: off.",
+        ),
+        io.Float.Input(
+            "preservation_weight",
+            default=1.0,
+            min=0.0,
+            max=1000.0,
+            step=0.1,
+            optional=True,
+            advanced=True,
+            tooltip="How much the preservation prompts count beside the pictures; 0: off.",
         ),
     ]
 
@@ -353,6 +378,8 @@ def _settings(inputs: dict[str, Any]) -> TrainSettings:
         values["offload_stream"] = offload["stream"]
     if "max_grad_norm" in inputs:
         values["clip"] = inputs["max_grad_norm"]
+    if inputs.get("preservation_prompts", "").strip():
+        values["preservation_prompts"] = tuple(prompt_grid.prompt_lines(inputs["preservation_prompts"]))
     return TrainSettings(alpha=inputs.get("alpha") or None, **values)
 
 

@@ -1,11 +1,14 @@
 """A random LongCat transformer that is small enough to train in seconds, and encoded pictures in memory."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import LongCatImageTransformer2DModel
 
+from longcat_pack.longcat_backend.training.cache import Cache
+from longcat_pack.longcat_backend.training.preservation import Subject
 from longcat_pack.longcat_backend.transformer import VelocityModel
 
 WIDTH = 32  # of the text embeddings
@@ -64,6 +67,8 @@ class Pictures:
     held_out: tuple[int, ...] = ()
     identity: str = "pictures"
     dropout: float = 0.0
+    subjects: tuple[Subject, ...] = ()
+    store: Cache = field(default_factory=lambda: Cache(Path()))
     buckets: dict[tuple[int, int], tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,3 +89,11 @@ def pictures(count: int = 5, **settings: Any) -> Pictures:
     """Square pictures, and two of another size."""
     examples = [example(seed) for seed in range(count)] + [example(seed + 100, 4, 8) for seed in range(2)]
     return Pictures(examples, **settings)
+
+
+def preserving(folder: Path, edit: bool = False, **settings: Any) -> Pictures:
+    """Pictures of two sizes, and three subjects of those sizes to be drawn as before, kept in a folder."""
+    examples = [example(seed, edit=edit) for seed in range(3)] + [example(9, 4, 8, edit=edit)]
+    drawn = [(example(seed, 4, width, edit), (width * 8, 32)) for seed, width in ((50, 4), (51, 8), (52, 4))]
+    subjects = tuple(Subject(str(place), e.text, size, e.reference) for place, (e, size) in enumerate(drawn))
+    return Pictures(examples, subjects=subjects, store=Cache(folder), **settings)

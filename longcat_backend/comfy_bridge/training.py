@@ -97,7 +97,8 @@ def _encode(
         host.show_text(f"encoding 编码 {done}/{total}")
         bar(done, total)
 
-    examples = encoded.encode(dataset, encoders, training_request.work_folder() / CACHE, progress)
+    preserve = request.settings.preservation_prompts if request.settings.preserves else ()
+    examples = encoded.encode(dataset, encoders, training_request.work_folder() / CACHE, progress, preserve)
     item = shown_item(dataset)
     pixels = item.reference_pixels()
     reference = None if pixels is None else encoders.latents(pixels)[0].cpu()
@@ -151,10 +152,11 @@ class _Run:
         """What was done and where it is, in both languages."""
         last = f", loss 损失 {result.losses[-1][1]:.4f}" if result.losses else ""
         held_out = f"held-out loss 留出损失 {result.held_out[-1][1]:.4f}" if result.held_out else ""
+        kept = f"preservation loss 保留损失 {result.preservation[-1][1]:.4f}" if result.preservation else ""
         best = f"best at step 最佳步 {result.best_step}" if result.best_step else ""
         lines = [
             f"{result.step}/{self.settings.steps} steps 步{last}",
-            ", ".join(filter(None, (held_out, best))),
+            ", ".join(filter(None, (held_out, best, kept))),
             self.examples.report,
             f"base 基础精度: {self.settings.base_precision}",
             f"memory, estimated 显存估计: {self._estimate()}",

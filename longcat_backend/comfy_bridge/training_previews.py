@@ -81,6 +81,7 @@ class Monitor:
         return Events(
             on_step=self.on_step,
             should_stop=self.should_stop,
+            on_preparing=self.on_preparing,
             on_validation=self.on_validation,
             on_saved=lambda place: self._remember(),
         )
@@ -89,6 +90,11 @@ class Monitor:
         """Whether the run has to be saved and ended."""
         self.stopped = self.stopped or comfy.model_management.processing_interrupted()
         return self.stopped
+
+    def on_preparing(self, done: int, total: int) -> None:
+        """The base draws what is to be preserved; nothing is there to be saved yet, so an interruption just ends it."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        host.show_text(f"drawing what is to be preserved 正在绘制需要保留的内容 {done}/{total}")
 
     def on_step(self, progress: Progress) -> None:
         """One step is done."""

@@ -2,10 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +15,7 @@ from .buckets import Size
 from .cache import Cache, content_key
 from .dataset import Dataset, Item
 from .pictures import MASK_FLOOR, Picture
+from .preservation import Subject, rounds
 
 # Changed whenever the same input would give other values: how pictures are cut, how text is read and stored.
 PICTURE_VERSION = "cover lanczos, centre crop, posterior mean, 1"
@@ -68,10 +69,43 @@ class Keys:
     mask: str | None
 
 
+@dataclass(frozen=True)
+class SubjectKeys:
+    """The cache's keys of what the base draws for preservation."""
+
+    text: str
+    reference: str | None
+    size: Size
+
+
+class Subjects(Sequence[Subject]):
+    """What the base draws for preservation, read from the cache when it is asked for."""
+
+    def __init__(self, keys: Sequence[SubjectKeys], store: Cache) -> None:
+        self._keys = keys
+        self._store = store
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The subject of an index.
+
+        Raises:
+            LongCatError: its file in the cache is gone or damaged.
+        """
+        keys = self._keys[index]
+        reference = _read(self._store, keys.reference)["latent"] if keys.reference else None
+        identity = content_key(keys.text, keys.reference, keys.size)
+        return Subject(identity, _with_pads(_read(self._store, keys.text)), keys.size, reference)
+
+
 class EncodedDataset:
     """Examples by index, read from the cache when they are asked for.
 
     Attributes:
+        store: the cache.
+        subjects: what the base draws for preservation; empty where there are no prompts for it.
         buckets: width and height in pixels to the indices to train on, each as often as it comes in one epoch.
         held_out: indices that are never trained on.
         identity: a hash of everything that training sees.
@@ -79,15 +113,18 @@ class EncodedDataset:
         report: what was encoded, and the cache's size, in both languages.
     """
 
-    def __init__(self, dataset: Dataset, keys: tuple[Keys, ...], store: Cache, report: str) -> None:
+    def __init__(
+        self, dataset: Dataset, keys: tuple[Keys, ...], subjects: Sequence[SubjectKeys], store: Cache, report: str
+    ) -> None:
         self.buckets: Mapping[Size, tuple[int, ...]] = dataset.buckets()
         self.held_out = dataset.held_out
         self.dropout = dataset.settings.caption_dropout
         encoded = [[each.latent, each.text, each.empty, each.reference, each.mask] for each in keys]
         self.identity = content_key(dataset.identity(), encoded)
         self.report = report
+        self.store = store
+        self.subjects = Subjects(subjects, store)
         self._keys = keys
-        self._store = store
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -100,23 +137,24 @@ class EncodedDataset:
         """
         keys = self._keys[index]
         return Example(
-            self._read(keys.latent)["latent"],
-            _with_pads(self._read(keys.text)),
-            _with_pads(self._read(keys.empty)),
-            self._read(keys.reference)["latent"] if keys.reference else None,
-            self._read(keys.mask)["mask"] if keys.mask else None,
+            _read(self.store, keys.latent)["latent"],
+            _with_pads(_read(self.store, keys.text)),
+            _with_pads(_read(self.store, keys.empty)),
+            _read(self.store, keys.reference)["latent"] if keys.reference else None,
+            _read(self.store, keys.mask)["mask"] if keys.mask else None,
         )
 
-    def _read(self, key: str) -> Tensors:
-        tensors = self._store.read(key)
-        if tensors is None:
-            raise LongCatError(
-                f"A file of the training cache '{self._store.folder}' is gone or damaged ({key[:12]}…). Queue "
-                "the graph again: what is missing is encoded anew, and the training goes on from its last save.",
-                f"训练缓存“{self._store.folder}”中的一个文件丢失或损坏（{key[:12]}…）。"
-                "请重新运行工作流：缺少的部分会重新编码，训练从上次保存处继续。",
-            )
-        return tensors
+
+def _read(store: Cache, key: str) -> Tensors:
+    tensors = store.read(key)
+    if tensors is None:
+        raise LongCatError(
+            f"A file of the training cache '{store.folder}' is gone or damaged ({key[:12]}…). Queue "
+            "the graph again: what is missing is encoded anew, and the training goes on from its last save.",
+            f"训练缓存“{store.folder}”中的一个文件丢失或损坏（{key[:12]}…）。"
+            "请重新运行工作流：缺少的部分会重新编码，训练从上次保存处继续。",
+        )
+    return tensors
 
 
 def encode(
@@ -124,12 +162,15 @@ def encode(
     encoders: Encoders,
     cache: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    preserve: Sequence[str] = (),
 ) -> EncodedDataset:
     """Encode what the cache does not hold yet: first all pictures, then all captions, so that models take turns once.
 
     Args:
         cache: the folder to keep it in; several datasets and several trainers may share it.
         progress: called with (done, total); may raise to stop, and what is done is kept.
+        preserve: prompts that the base draws for preservation, at the sizes of the pictures in turn; for edits, of
+            their pictures before the edit in turn.
 
     Raises:
         LongCatError: a file of the dataset changed, the cache cannot be written, or an encoder gives other shapes than
@@ -138,7 +179,11 @@ def encode(
     store = Cache(cache)
     store.sweep()
     keys = tuple(_keys(item, encoders) for item in dataset.items)
+    drawn = [(dataset.items[place % len(dataset.items)], prompt) for place, prompt in rounds(preserve)]
+    subjects = [_subject_keys(item, prompt, encoders) for item, prompt in drawn]
     work = _work(dataset, keys, encoders)
+    for (item, prompt), each in zip(drawn, subjects, strict=True):
+        work[each.text] = _text(item, prompt, encoders)
     made = 0
     for done, (key, make) in enumerate(work.items()):
         progress(done, len(work))
@@ -148,29 +193,36 @@ def encode(
     progress(len(work), len(work))
     report = _report(store, made, len(work))
     logger.info("%s", report)
-    return EncodedDataset(dataset, keys, store, report)
+    return EncodedDataset(dataset, keys, subjects, store, report)
 
 
 def _keys(item: Item, encoders: Encoders) -> Keys:
     width, height = item.size
-    reference = None if item.reference is None else [item.reference.digest, width, height]
-
-    def latent(picture: Picture) -> str:
-        return content_key("latent", PICTURE_VERSION, picture.digest, width, height, encoders.vae_identity)
-
-    def text(prompt: str) -> str:
-        return content_key("text", _template(item), prompt, reference, encoders.encoder_identity)
 
     def mask(picture: Picture) -> str:
         return content_key("mask", PICTURE_VERSION, MASK_FLOOR, picture.digest, width, height)
 
     return Keys(
-        latent(item.picture),
-        text(item.caption),
-        text(""),
-        latent(item.reference) if item.reference else None,
+        _latent_key(item.picture, item.size, encoders),
+        _text_key(item, item.caption, encoders),
+        _text_key(item, "", encoders),
+        _latent_key(item.reference, item.size, encoders) if item.reference else None,
         mask(item.mask) if item.mask else None,
     )
+
+
+def _subject_keys(item: Item, prompt: str, encoders: Encoders) -> SubjectKeys:
+    reference = _latent_key(item.reference, item.size, encoders) if item.reference else None
+    return SubjectKeys(_text_key(item, prompt, encoders), reference, item.size)
+
+
+def _latent_key(picture: Picture, size: Size, encoders: Encoders) -> str:
+    return content_key("latent", PICTURE_VERSION, picture.digest, *size, encoders.vae_identity)
+
+
+def _text_key(item: Item, prompt: str, encoders: Encoders) -> str:
+    reference = None if item.reference is None else [item.reference.digest, *item.size]
+    return content_key("text", _template(item), prompt, reference, encoders.encoder_identity)
 
 
 def _template(item: Item) -> str:

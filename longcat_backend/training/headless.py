@@ -44,7 +44,8 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     checkpoint = checkpoints.open_checkpoint(config.checkpoint)
     found = _dataset(config, checkpoint)
     encoders = _encoders(checkpoint, device)
-    examples = encoded.encode(found, encoders, config.cache, _told("encoding"))
+    preserve = config.settings.preservation_prompts if config.settings.preserves else ()
+    examples = encoded.encode(found, encoders, config.cache, _told("encoding"), preserve)
     drawn = _validation(config, found, encoders)
     encoders.to(torch.device("cpu"))
     gc.collect()
@@ -54,7 +55,10 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     def on_validation(step: int, trained: torch.nn.Module) -> None:
         _draw_both(config, checkpoint, model, encoders, drawn, device, f"step-{step:08d}")
 
-    events = Events(_log_step, should_stop, on_validation, lambda place: log.info("saved %s", place))
+    def on_saved(place: Path) -> None:
+        log.info("saved %s", place)
+
+    events = Events(_log_step, should_stop, on_validation, on_saved, _told("drawing what is to be preserved"))
     scheduler = checkpoint.configs["scheduler"]
     result = loop.train(model, examples, config.settings, config.run_folder, events, device, scheduler)
     _write(config, checkpoint, found, examples.identity, result)

@@ -15,7 +15,7 @@ from ..errors import LongCatError
 from ..identity import of_weights
 from ..lora import Adapter
 from ..transformer import VelocityModel
-from . import adapters, engine, selfcheck, state, validation
+from . import adapters, engine, preservation, selfcheck, state, validation
 from .objective import Shift, mean_tokens
 from .run import Data, Run
 from .settings import TrainSettings, differences
@@ -43,6 +43,7 @@ class Events:
     should_stop: Callable[[], bool] = lambda: False
     on_validation: Callable[[int, nn.Module], None] = lambda step, model: None  # without gradients
     on_saved: Callable[[Path], None] = lambda folder: None
+    on_preparing: Callable[[int, int], None] = lambda done, total: None  # trajectories to preserve; may raise to stop
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Result:
     Attributes:
         adapters: the average where one is kept, on the CPU in fp32.
         losses: (step, loss) of every step since the first sitting.
+        preservation: (step, loss) of the preservation alone, not weighted; empty where there is none.
         held_out: (step, loss) at each validation.
         stopped: it was interrupted, and goes on from its saved state when it is started again.
         best_step: of the lowest held-out loss; its state is among those kept.
@@ -63,6 +65,7 @@ class Result:
     stopped: bool
     step: int
     best_step: int | None = field(default=None)
+    preservation: list[tuple[int, float]] = field(default_factory=list)
 
 
 def train(
@@ -89,17 +92,18 @@ def train(
             is not finite; or the model's gradients are wrong. States that were saved stay whole.
     """
     with torch.inference_mode(False), torch.enable_grad():
+        weights = of_weights(model.transformer.named_parameters())
         identity = {
             "settings": settings.to_json(),
             "data": data.identity,
-            "model": of_weights(model.transformer.named_parameters()),
+            "model": weights,
             "scheduler": dict(scheduler),
         }
         found = state.latest(run_folder)
         if found is not None:
             _refuse_other_run(found.values, identity, run_folder)
         try:
-            run = _begin(model, data, settings, run_folder, device, scheduler)
+            run = _begin(model, data, settings, run_folder, device, scheduler, weights, events)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory("before the first step", "第一步之前", settings, error) from error
         if found is not None:
@@ -115,6 +119,8 @@ def _begin(
     run_folder: Path,
     device: torch.device,
     scheduler: Mapping[str, Any],
+    model_identity: str,
+    events: Events,
 ) -> Run:
     transformer = model.transformer
     _refuse_no_pictures(data)
@@ -123,10 +129,14 @@ def _begin(
     )
     selfcheck.check_gradients(model, beside, device)
     engine.place(transformer, settings, device, run_folder / "offload")
+    preserved = None
+    if settings.preserves:
+        given = (settings.seed, device, scheduler, events.on_preparing)
+        preserved = preservation.draw(model, data, model_identity, *given)
     engine.set_checkpointing(transformer, settings.checkpointing)
     engine.compile_blocks(transformer, settings)
     shift = Shift(settings.flow_shift, scheduler, mean_tokens(data.buckets))
-    return Run(model, beside, data, settings, shift, device)
+    return Run(model, beside, data, settings, shift, device, preserved)
 
 
 class _Sitting:
@@ -160,6 +170,7 @@ class _Sitting:
             stopped and run.step < settings.steps,
             run.step,
             run.history.best_step,
+            run.history.preservation,
         )
 
     def _step(self) -> None:

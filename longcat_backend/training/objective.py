@@ -57,23 +57,30 @@ def mean_tokens(buckets: Mapping[tuple[int, int], Sequence[int]]) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """One example with what it got by chance."""
+    """A noisy picture and the velocity that is to be predicted of it.
 
-    example: Example
+    Attributes:
+        noisy, velocity: (16, h, w), fp32.
+        text: (length, hidden size), of the caption or of the empty prompt.
+        reference: (16, h, w), scaled, of an edit.
+        mask: (1, h, w), weights of the loss above 0.
+    """
+
+    noisy: torch.Tensor
     sigma: float
-    noise: torch.Tensor  # (16, h, w)
-    dropped: bool = False
-
-    @property
-    def text(self) -> torch.Tensor:
-        """Embeddings (length, hidden size) of the caption, or of the empty prompt."""
-        return self.example.empty if self.dropped else self.example.text
+    velocity: torch.Tensor
+    text: torch.Tensor
+    reference: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 def sample(example: Example, chance: Draw, shift: Shift, dropout: float) -> Sample:
     """Give an example its noise level, its noise and its caption, or none."""
     sigma = 1 / (1 + math.exp(-(chance.normal + shift.mu(example.latent))))
-    return Sample(example, sigma, chance.noise, chance.uniform < dropout)
+    level, clean = torch.tensor(sigma), example.latent.float()
+    text = example.empty if chance.uniform < dropout else example.text
+    noisy = (1 - level) * clean + level * chance.noise
+    return Sample(noisy, sigma, chance.noise - clean, text, example.reference, example.mask)
 
 
 def losses(model: nn.Module, samples: Sequence[Sample], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -95,24 +102,20 @@ def losses(model: nn.Module, samples: Sequence[Sample], dtype: torch.dtype, devi
 def _alike(samples: Sequence[Sample]) -> Iterable[list[int]]:
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, each in enumerate(samples):
-        reference = each.example.reference
-        key = (each.example.latent.shape, each.text.shape, None if reference is None else reference.shape)
+        key = (each.noisy.shape, each.text.shape, None if each.reference is None else each.reference.shape)
         groups.setdefault(key, []).append(place)
     return groups.values()
 
 
 def _forward(model: nn.Module, samples: Sequence[Sample], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    clean = torch.stack([each.example.latent for each in samples]).to(device, torch.float32)
-    noise = torch.stack([each.noise for each in samples]).to(device)
+    noisy = torch.stack([each.noisy for each in samples]).to(device, dtype)
     sigma = torch.tensor([each.sigma for each in samples], device=device)
-    level = sigma.view(-1, 1, 1, 1)
-    noisy = ((1 - level) * clean + level * noise).to(dtype)
     text = torch.stack([each.text for each in samples]).to(device, dtype)
-    given = [each.example.reference for each in samples if each.example.reference is not None]
+    given = [each.reference for each in samples if each.reference is not None]
     references = (torch.stack(given).to(device, dtype),) if given else ()
-    velocity = model(noisy, sigma, text, references)
-    errors = (velocity.float() - (noise - clean)).square()
-    return torch.stack([_weighted(error, each.example.mask) for error, each in zip(errors, samples, strict=True)])
+    wanted = torch.stack([each.velocity for each in samples]).to(device)
+    errors = (model(noisy, sigma, text, references).float() - wanted).square()
+    return torch.stack([_weighted(error, each.mask) for error, each in zip(errors, samples, strict=True)])
 
 
 def _weighted(errors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -10,15 +10,15 @@ from accelerate import Accelerator
 
 from ..errors import LongCatError
 from ..transformer import VelocityModel
-from . import engine, objective, optimisers
+from . import engine, objective, optimisers, preservation
 from .adapters import Adapters
 from .draws import Cursor, draw
-from .objective import Shift
+from .objective import Sample, Shift
 from .settings import TrainSettings
 from .state import State
 
 
-class Data(Protocol):
+class Data(preservation.Data, Protocol):
     """Encoded pictures, see ``encoded.EncodedDataset``."""
 
     buckets: Mapping[tuple[int, int], tuple[int, ...]]
@@ -34,6 +34,7 @@ class History:
     """What a run has measured: (step, value), in the order of the steps."""
 
     losses: list[tuple[int, float]] = field(default_factory=list)
+    preservation: list[tuple[int, float]] = field(default_factory=list)  # not weighted
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
     @property
@@ -53,6 +54,7 @@ class Run:
         settings: TrainSettings,
         shift: Shift,
         device: torch.device,
+        preserved: preservation.Preserved | None = None,
     ) -> None:
         self.model = model
         self.adapters = adapters
@@ -60,6 +62,7 @@ class Run:
         self.settings = settings
         self.shift = shift
         self.device = device
+        self.preserved = preserved
         self.step = 0
         self.history = History()
         self.cursor = Cursor(data.buckets, settings.batch, settings.seed)
@@ -81,7 +84,7 @@ class Run:
         place = (self.cursor.epoch, self.cursor.position)
         try:
             batches = [self.cursor.take() for _ in range(self.settings.accumulation)]
-            loss = self.gradients(batches)
+            loss, kept = self.gradients(batches)
             self._check(loss, [index for batch in batches for index in batch])
         except BaseException:
             self.adapters.forget_gradients()
@@ -89,6 +92,8 @@ class Run:
             raise
         self._update()
         self.history.losses.append((self.step, loss))
+        if self.preserved:
+            self.history.preservation.append((self.step, kept))
         return loss
 
     def learning_rate(self) -> float:
@@ -96,23 +101,38 @@ class Run:
         group = self.optimiser.param_groups[0]
         return float(group["lr"]) * float(group.get("d", 1.0))
 
-    def gradients(self, batches: Sequence[Sequence[int]]) -> float:
-        """Leave the gradient of the mean loss over all samples of some batches in the masters, and give that loss."""
+    def gradients(self, batches: Sequence[Sequence[int]]) -> tuple[float, float]:
+        """Leave the gradient of the mean loss over all samples of some batches in the masters.
+
+        With preservation, as many of its points follow each batch, in a forward of their own, so that a step needs no
+        more memory.
+
+        Returns:
+            The mean loss of the pictures, and that of the points, without its weight.
+        """
         total = sum(len(batch) for batch in batches)
-        mean, place = 0.0, 0
+        mean, kept, place = 0.0, 0.0, 0
         for batch in batches:
-            samples = []
-            for index in batch:
-                example = self.data[index]
-                chance = draw(example.latent.shape, self.settings.seed, self.step + 1, place)
-                samples.append(objective.sample(example, chance, self.shift, self.data.dropout))
-                place += 1
-            with engine.attention(self.device):
-                loss = objective.losses(self.model, samples, self.model.dtype, self.device).sum() / total
-                self._accelerator.backward(loss)
-            self.adapters.collect()
-            mean += loss.item()
-        return mean
+            places = range(place, place + len(batch))
+            mean += self._backward([self._sample(*each) for each in zip(batch, places, strict=True)], total)
+            if self.preserved:
+                points = [self.preserved.choose(self.step + 1, place) for place in places]
+                kept += self._backward(points, total, self.settings.preservation_weight)
+            place += len(batch)
+        return mean, kept
+
+    def _sample(self, index: int, place: int) -> Sample:
+        example = self.data[index]
+        chance = draw(example.latent.shape, self.settings.seed, self.step + 1, place)
+        return objective.sample(example, chance, self.shift, self.data.dropout)
+
+    def _backward(self, samples: Sequence[Sample], total: int, weight: float = 1.0) -> float:
+        """Add the gradient of these samples' part in a mean over ``total``, times the weight; that part itself."""
+        with engine.attention(self.device):
+            loss = objective.losses(self.model, samples, self.model.dtype, self.device).sum() / total
+            self._accelerator.backward(loss * weight)
+        self.adapters.collect()
+        return float(loss.item())
 
     def _check(self, loss: float, indices: Sequence[int]) -> None:
         norm = optimisers.clip(self.adapters.masters, self.settings.clip)
@@ -148,6 +168,7 @@ class Run:
             "optimiser": numbers,
             "cursor": {"epoch": self.cursor.epoch, "position": self.cursor.position},
             "losses": self.history.losses,
+            "preservation": self.history.preservation,
             "held_out": self.history.held_out,
         }
         return State(self.step, {name: part for name, part in parts.items() if part}, values)
@@ -167,6 +188,7 @@ class Run:
         self.cursor = Cursor(self.data.buckets, self.settings.batch, self.settings.seed, **state.values["cursor"])
         self.history = History(
             [(step, loss) for step, loss in state.values["losses"]],
+            [(step, loss) for step, loss in state.values.get("preservation", [])],
             [(step, loss) for step, loss in state.values["held_out"]],
         )
 

@@ -43,6 +43,7 @@ _RANGES = {
     "save_every": (0, 10_000_000),
     "keep": (1, 1000),
     "validate_every": (0, 10_000_000),
+    "preservation_weight": (0.0, 1000.0),
 }
 # What may change when a run goes on: how long it lasts, what it writes, and how the same numbers are computed.
 CHANGEABLE = frozenset(
@@ -83,6 +84,8 @@ class TrainSettings:
     save_every: int = 250  # 0: at the end and when interrupted only
     keep: int = 3  # states on the disk, besides the best
     validate_every: int = 250  # 0: never
+    preservation_prompts: tuple[str, ...] = ()  # what the model goes on drawing as before, see ``preservation``
+    preservation_weight: float = 1.0  # of its loss beside that of the pictures; 0: no preservation
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -91,6 +94,7 @@ class TrainSettings:
             _check_choice(name, getattr(self, name), choices)
         for name, (least, most) in _RANGES.items():
             _check_range(name, getattr(self, name), least, most)
+        _check_prompts("preservation_prompts", self.preservation_prompts)
         if self.alpha is not None:
             _check_range("alpha", self.alpha, 1e-6, 1e6)
         if isinstance(self.flow_shift, str):
@@ -109,6 +113,11 @@ class TrainSettings:
         """Alpha, which is the rank unless it was set."""
         return float(self.rank if self.alpha is None else self.alpha)
 
+    @property
+    def preserves(self) -> bool:
+        """Whether something is to be drawn as before."""
+        return bool(self.preservation_prompts) and self.preservation_weight > 0
+
     def group_offload(self) -> GroupOffload | None:
         """diffusers' group offload as set, or None."""
         if self.offload == "none":
@@ -117,7 +126,7 @@ class TrainSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Every setting by its name, of JSON's own types."""
-        return asdict(self)
+        return {**asdict(self), "preservation_prompts": list(self.preservation_prompts)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainSettings":
@@ -130,11 +139,15 @@ class TrainSettings:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise unknown_keys(unknown, known)
-        return cls(**values)
+        given = dict(values)
+        if isinstance(given.get("preservation_prompts"), list):  # JSON has no tuples
+            given["preservation_prompts"] = tuple(given["preservation_prompts"])
+        return cls(**given)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Settings that differ and with which a run cannot go on, each as ``name: old -> new``."""
+    old = {**TrainSettings().to_json(), **old}  # what there was no setting for yet
     names = sorted((set(old) | set(new)) - CHANGEABLE)
     missing = "-"
     return [
@@ -192,16 +205,28 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "save_every": (int,),
     "keep": (int,),
     "validate_every": (int,),
+    "preservation_prompts": (tuple,),
+    "preservation_weight": (float, int),
 }
 
 
 def _check_kind(name: str, kinds: tuple[type, ...], value: Any) -> None:
     fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
     if not fits:
-        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        names = {type(None): "null", tuple: "list"}  # as JSON calls them
+        wanted = " or ".join(names.get(kind, kind.__name__) for kind in kinds)
         raise LongCatError(
             f"The training setting '{name}' is {value!r}; expected a value of type {wanted}.",
             f"训练设置“{name}”为 {value!r}，应为 {wanted} 类型的值。",
+        )
+
+
+def _check_prompts(name: str, prompts: tuple[Any, ...]) -> None:
+    wrong = [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt.strip()]
+    if wrong:
+        raise LongCatError(
+            f"The training setting '{name}' holds {wrong[0]!r}; expected prompts, none of them empty.",
+            f"训练设置“{name}”包含 {wrong[0]!r}，应为非空的提示词。",
         )
 
 

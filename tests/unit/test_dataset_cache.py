@@ -109,6 +109,33 @@ def test_pairs_and_masks_are_encoded_too(folder: Path, read: Callable[..., Datas
         assert example.mask.shape[1:] == example.latent.shape[1:]
 
 
+@pytest.mark.parametrize("edit", [False, True])
+def test_prompts_to_preserve_are_encoded_at_the_sizes_of_the_pictures(
+    edit: bool, folder: Path, read: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    (folder / "references").mkdir()
+    for index, size in enumerate([(64, 64), (96, 64), (64, 64), (64, 64)] if edit else []):
+        Image.new("RGB", size, (9, 50 * index, 30)).save(folder / "references" / f"{index}.png")
+    made, encoders = read(), FakeEncoders()
+    result = encode(made, encoders, tmp_path / "cache", preserve=["a circle", "圆形"])
+    without = encode(made, encoders, tmp_path / "cache")
+    assert equal(result, without) and result.identity == without.identity and not without.subjects
+    assert len(result.subjects) == 64
+    references = {item.name: item.reference_pixels() for item in made.items}
+    seen = set()
+    for place, subject in enumerate(result.subjects):
+        prompt, reference = ("a circle", "圆形")[place % 2], None
+        if edit:
+            latents = {name: encoders.latents(pixels)[0] for name, pixels in references.items() if pixels is not None}
+            (name,) = (name for name, latent in latents.items() if torch.equal(latent, subject.reference))
+            reference = references[name]
+        assert edit or subject.reference is None
+        assert torch.equal(subject.text, encoders.text(prompt, reference))
+        seen.add(subject.identity)
+    # Every prompt comes at every size, and with every picture before the edit.
+    assert len(seen) == 2 * (4 if edit else len({item.size for item in made.items}))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("real", [0, 1, 300, 511, 512])
 def test_equal_pads_are_stored_once_and_come_back_exactly(real: int, dtype: torch.dtype) -> None:
@@ -317,7 +344,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 for turn in range(8):
     result = encode(made, Encoders(), cache / str(turn))
-    assert result._store.rebuilt == 0
+    assert result.store.rebuilt == 0
     for index, item in enumerate(made.items):
         assert torch.equal(result[index].latent, Encoders().latents(item.pixels())[0])
         assert torch.equal(result[index].text, Encoders().text(item.caption, None))

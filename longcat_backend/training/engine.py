@@ -15,9 +15,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from .compiled import CompiledBlocks
 from .offload import apply_offload, groups, recomputing
 from .settings import TrainSettings
 
+BACKEND = "inductor"  # of compiled blocks
+# The part of what compiled blocks would keep for the backward pass that they may keep, by ``settings.CHECKPOINTING``.
+_BUDGETS = {"none": 1.0, "every-second": 0.5, "block": 0.0}
 log = logging.getLogger(__name__)
 
 
@@ -81,10 +85,15 @@ class _Recomputed:
         return compute
 
 
-def compile_blocks(transformer: Any, settings: TrainSettings) -> None:
-    """Compile each kind of block once, where the settings ask for it."""
-    if settings.compile:
-        transformer.compile_repeated_blocks(fullgraph=True)
+def recompute(transformer: Any, settings: TrainSettings) -> None:
+    """Have the blocks keep for the backward pass what the settings let them keep, compiled where they ask for that."""
+    if not settings.compile:
+        set_checkpointing(transformer, settings.checkpointing)
+        return
+    compiled = CompiledBlocks(transformer, _BUDGETS[settings.checkpointing], BACKEND)
+    transformer.enable_gradient_checkpointing(compiled)
+    for switches in (transformer.use_checkpoint, transformer.use_single_checkpoint):
+        switches[:] = [True] * len(switches)
 
 
 def attention(device: torch.device) -> AbstractContextManager[None]:

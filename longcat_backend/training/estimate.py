@@ -14,6 +14,8 @@ import torch
 
 from .. import memory, precision
 from ..memory import GIB
+from ..modulation import is_modulation
+from . import tabulated
 from .adapters import PATTERNS
 from .settings import TrainSettings
 
@@ -104,6 +106,9 @@ def _turned_down(
         words_zh.append(word_zh)
         return ", ".join(words), "、".join(words_zh)
 
+    if not settings.modulation_table and settings.base_precision != "fp32":
+        settings = replace(settings, modulation_table=True)
+        yield *told("modulation_table on", "modulation_table 开启"), settings, size
     if settings.checkpointing != "block":
         settings = replace(settings, checkpointing="block")
         yield *told("checkpointing 'block'", "梯度检查点“block”"), settings, size
@@ -126,11 +131,14 @@ def _turned_down(
 def _weights(
     shapes: Mapping[str, torch.Size], settings: TrainSettings, preset: precision.Preset, dtype: torch.dtype
 ) -> int:
-    whole = memory.weigh(shapes, "transformer", preset, dtype, tabulate=False).total
+    tabulate = tabulated.wanted(settings, dtype)
+    whole = memory.weigh(shapes, "transformer", preset, dtype, tabulate).device
     if settings.offload == "none":
         return whole
     blocks: dict[str, int] = {}
     for key, shape in shapes.items():
+        if tabulate and is_modulation(key.rpartition(".")[0]):
+            continue
         block = ".".join(key.split(".")[:2]) if "transformer_blocks" in key else ""
         blocks[block] = blocks.get(block, 0) + shape.numel() * dtype.itemsize
     rest = blocks.pop("", 0)

@@ -15,7 +15,7 @@ from ..errors import LongCatError
 from ..identity import of_weights
 from ..lora import Adapter
 from ..transformer import VelocityModel
-from . import adapters, engine, preservation, selfcheck, state, validation
+from . import adapters, engine, preservation, selfcheck, state, tabulated, validation
 from .objective import Shift, mean_tokens
 from .run import Data, Run
 from .settings import TrainSettings, differences
@@ -127,14 +127,15 @@ def _begin(
     beside = adapters.inject(
         transformer, settings.targets, settings.rank, settings.effective_alpha, settings.seed, device
     )
+    if tabulated.wanted(settings, model.dtype):
+        tabulated.tabulate(transformer, device)
     selfcheck.check_gradients(model, beside, device)
     engine.place(transformer, settings, device, run_folder / "offload")
     preserved = None
     if settings.preserves:
         given = (settings.seed, device, scheduler, events.on_preparing)
         preserved = preservation.draw(model, data, model_identity, *given)
-    engine.set_checkpointing(transformer, settings.checkpointing)
-    engine.compile_blocks(transformer, settings)
+    engine.recompute(transformer, settings)
     shift = Shift(settings.flow_shift, scheduler, mean_tokens(data.buckets))
     return Run(model, beside, data, settings, shift, device, preserved)
 

@@ -48,7 +48,7 @@ _RANGES = {
 # What may change when a run goes on: how long it lasts, what it writes, and how the same numbers are computed.
 CHANGEABLE = frozenset(
     {"steps", "save_every", "keep", "validate_every"}
-    | {"checkpointing", "compile", "offload", "offload_blocks", "offload_stream"}
+    | {"checkpointing", "compile", "modulation_table", "offload", "offload_blocks", "offload_stream"}
 )
 
 
@@ -77,6 +77,7 @@ class TrainSettings:
     base_precision: str = "bf16"
     checkpointing: str = "block"
     compile: bool = False
+    modulation_table: bool = True  # where the base computes in bf16
     offload: str = "none"
     offload_blocks: int = 1  # in a group, at block level without a stream
     offload_stream: bool = True
@@ -198,6 +199,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "base_precision": (str,),
     "checkpointing": (str,),
     "compile": (bool,),
+    "modulation_table": (bool,),
     "offload": (str,),
     "offload_blocks": (int,),
     "offload_stream": (bool,),

@@ -16,7 +16,8 @@ import runpy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,25 +32,30 @@ WARM_UP = 4  # steps that are not counted: compilation, and kernels that are cho
 FULL = {"num_layers": 10, "num_single_layers": 20}
 PACKAGES = ("torch", "diffusers", "peft", "accelerate", "optimum-quanto", "torchao")
 
-# Most important first, since time on a GPU may end. "plain" is diffusers + peft as their examples do it.
+NAMES = {"loop": "ours", "base_precision": "bf16", "compile": False, "offload": "none"}  # where a row says nothing
+# Most important first, since time on a GPU may end. "plain" is diffusers + peft as their examples do it; "cap_gib" is
+# all the memory that the row may have, as on a smaller card. The modulation table is on where nothing else is said.
 ROWS: list[dict[str, Any]] = [
     {"loop": "plain", "checkpointing": "block"},
-    {"checkpointing": "block"},
     {"checkpointing": "block", "compile": True},
+    {"checkpointing": "block"},
+    {"base_precision": "int8-quanto", "checkpointing": "block"},
+    {"base_precision": "int8-quanto", "checkpointing": "block", "compile": True},
+    {"checkpointing": "every-second", "compile": True},
+    {"checkpointing": "none", "compile": True},
+    {"checkpointing": "block", "modulation_table": False},
+    {"checkpointing": "block", "cap_gib": 12},
+    {"base_precision": "int8-quanto", "checkpointing": "block", "cap_gib": 8},
+    {"checkpointing": "every-second", "cap_gib": 16},
+    {"base_precision": "fp8-torchao", "checkpointing": "block", "compile": True},
+    {"base_precision": "fp8-torchao", "checkpointing": "block"},
     {"loop": "plain", "checkpointing": "none"},
     {"checkpointing": "none"},
-    {"checkpointing": "none", "compile": True},
-    {"base_precision": "int8-quanto", "checkpointing": "block"},
     {"checkpointing": "every-second"},
-    {"checkpointing": "every-second", "compile": True},
-    {"checkpointing": "block", "offload": "block"},
-    {"base_precision": "int8-quanto", "checkpointing": "block", "compile": True},
-    {"base_precision": "int8-quanto", "checkpointing": "none"},
-    {"base_precision": "fp8-torchao", "checkpointing": "block"},
-    {"base_precision": "fp8-torchao", "checkpointing": "block", "compile": True},
     {"base_precision": "int4-quanto", "checkpointing": "block"},
+    {"checkpointing": "block", "offload": "block"},
     {"checkpointing": "block", "offload": "leaf"},
-    {"base_precision": "fp8-torchao", "checkpointing": "block", "offload": "block"},
+    {"base_precision": "int8-quanto", "checkpointing": "none"},
 ]
 
 
@@ -171,25 +177,40 @@ def our_loop(bench: Bench, row: Mapping[str, Any], size: int, meter: Meter) -> N
     from longcat_pack.longcat_backend.transformer import VelocityModel
 
     settings = TrainSettings(
-        steps=WARM_UP + bench.steps, targets="attention", save_every=0, validate_every=0, **without_loop(row)
+        steps=WARM_UP + bench.steps, targets="attention", save_every=0, validate_every=0, **settings_of(row)
     )
     transformer = bench.transformer()
     preset = precision.PRESETS[settings.base_precision]
     if preset.backend:
         quantisation.quantise(transformer, "transformer", preset)
         base.let_gradients_through(transformer)
-    if settings.offload != "none":
+    if settings.offload != "none" or "cap_gib" in row:
         transformer.to("cpu")
     data = Pictures(size, transformer.config.joint_attention_dim)
     events = loop.Events(on_step=lambda progress: meter.step())
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, capped(row.get("cap_gib"), bench.device):
         meter.start()
         loop.train(VelocityModel(transformer), data, settings, Path(folder), events, bench.device)
 
 
-def without_loop(row: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row's training settings."""
-    return {key: value for key, value in row.items() if key != "loop"}
+    return {key: value for key, value in row.items() if key not in ("loop", "cap_gib")}
+
+
+@contextmanager
+def capped(gib: float | None, device: torch.device) -> Iterator[None]:
+    """Let the process have that much of the device's memory, its cache included."""
+    if gib is None or device.type != "cuda":
+        yield
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(device).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def plain_loop(bench: Bench, row: Mapping[str, Any], size: int, meter: Meter) -> None:
@@ -255,7 +276,8 @@ def run_all(
             if time.perf_counter() > end:
                 print(f"no time left for {row} at {size}", flush=True)
                 continue
-            name = {"loop": "ours", "base_precision": "bf16", "compile": False, "offload": "none", **row, "size": size}
+            ours = row.get("loop", "ours") == "ours"
+            name = {**NAMES, "modulation_table": ours and row.get("base_precision") != "fp32", **row, "size": size}
             try:
                 found.append({**name, **bench.measure(row, size)})
             except Exception as error:  # noqa: BLE001  (a row that fails is a result, and must not end the others)

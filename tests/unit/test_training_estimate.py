@@ -39,7 +39,7 @@ def test_the_estimate_is_what_was_measured(shapes: dict[str, Any], pack_dir: Pat
     ]
     assert len(rows) >= 10
     for row in rows:
-        options = {"checkpointing": row["checkpointing"], "base_precision": row["base_precision"]}
+        options = {name: row[name] for name in ("checkpointing", "base_precision", "modulation_table")}
         found = estimate.estimate(CONFIG, shapes, dataclasses.replace(SETTINGS, **options), (row["size"], row["size"]))
         assert found.total / GIB == pytest.approx(row["allocated_gib"], rel=0.05), row
 
@@ -48,6 +48,8 @@ def test_what_needs_more_is_estimated_higher(shapes: dict[str, Any]) -> None:
     def total(size: tuple[int, int] = SIZE, **options: Any) -> int:
         return estimate.estimate(CONFIG, shapes, dataclasses.replace(SETTINGS, **options), size).total
 
+    assert total() < total(modulation_table=False) < total(modulation_table=False, batch=2)
+    assert total(offload="block") < total(offload="block", modulation_table=False)
     assert total() < total(checkpointing="every-second") < total(checkpointing="none")
     assert total() < total(batch=2) and total((512, 512)) < total()
     assert total(optimiser="lion") < total() < total(optimiser="prodigy")
@@ -62,13 +64,14 @@ def test_a_run_that_fits_needs_no_advice(shapes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("free", "told"),
     [
-        (16, "checkpointing 'block'"),
-        (8, "checkpointing 'block', batch 1, accumulation 2, base precision 'int8-quanto'"),
+        (23, "modulation_table on"),
+        (16, "modulation_table on, checkpointing 'block'"),
+        (8, "modulation_table on, checkpointing 'block', batch 1, accumulation 2, base precision 'int8-quanto'"),
         (2, "no setting makes that fit"),
     ],
 )
 def test_advice_names_the_cheapest_change_that_fits(free: int, told: str, shapes: dict[str, Any]) -> None:
-    settings = dataclasses.replace(SETTINGS, checkpointing="none", batch=2)
+    settings = dataclasses.replace(SETTINGS, checkpointing="none", batch=2, modulation_table=False)
     assert told in estimate.fitting(CONFIG, shapes, settings, SIZE, free * GIB)
 
 

@@ -83,7 +83,7 @@ class Monitor:
             should_stop=self.should_stop,
             on_preparing=self.on_preparing,
             on_validation=self.on_validation,
-            on_saved=lambda place: self._remember(),
+            on_held_out=self.on_held_out,
         )
 
     def should_stop(self) -> bool:
@@ -105,6 +105,12 @@ class Monitor:
             f"{progress.seconds_per_step:.3g} s/step 秒/步 · {_clock(left)} left 剩余"
         )
         self._show(progress.step, now=progress.step in (1, progress.steps))
+
+    def on_held_out(self, step: int, loss: float) -> None:
+        """The loss of the pictures that are not trained on."""
+        self.held_out.append((step, loss))
+        host.show_text(f"{step}/{self.steps} · held-out loss 留出损失 {loss:.4f}")
+        self._show(step, now=True)
 
     def on_validation(self, step: int, model: torch.nn.Module) -> None:
         """Draw every prompt; a picture that cannot be drawn does not end the training."""
@@ -146,7 +152,7 @@ class Monitor:
             yield picture
 
     def _remember(self) -> None:
-        """Take over what the last state knows: the losses of earlier sittings, and the held-out losses."""
+        """Take over the losses of earlier sittings from the last state."""
         found = state.steps(self.folder)
         if not found:
             return

@@ -57,6 +57,6 @@ def _with_budget(compiler: Callable[..., Any], budget: float) -> Callable[..., A
 
 
 def _fresh(call: Callable[..., Results]) -> FunctionType:
-    """The same function to torch unknown: it keeps compiled code by code object, whatever the budget was."""
+    """The same function, unknown to torch: for one code object it compiles a few times only, earlier runs included."""
     assert isinstance(call, FunctionType)
     return FunctionType(call.__code__.replace(), call.__globals__)

@@ -58,7 +58,11 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     def on_saved(place: Path) -> None:
         log.info("saved %s", place)
 
-    events = Events(_log_step, should_stop, on_validation, on_saved, _told("drawing what is to be preserved"))
+    def on_held_out(step: int, loss: float) -> None:
+        log.info("step %d  held-out loss %.4f", step, loss)
+
+    told = _told("drawing what is to be preserved")
+    events = Events(_log_step, should_stop, on_validation, on_saved, on_held_out, told)
     scheduler = checkpoint.configs["scheduler"]
     result = loop.train(model, examples, config.settings, config.run_folder, events, device, scheduler)
     _write(config, checkpoint, found, examples.identity, result)

@@ -43,6 +43,7 @@ class Events:
     should_stop: Callable[[], bool] = lambda: False
     on_validation: Callable[[int, nn.Module], None] = lambda step, model: None  # without gradients
     on_saved: Callable[[Path], None] = lambda folder: None
+    on_held_out: Callable[[int, float], None] = lambda step, loss: None  # before its validation pictures are drawn
     on_preparing: Callable[[int, int], None] = lambda done, total: None  # trajectories to preserve; may raise to stop
 
 
@@ -189,6 +190,7 @@ class _Sitting:
             if run.data.held_out:
                 loss = validation.held_out_loss(run.model, run.data, run.shift, run.settings.seed, run.device)
                 run.history.held_out.append((run.step, loss))
+                self.events.on_held_out(run.step, loss)
             self._draw()
         return run.history.best_step == run.step
 

@@ -5,7 +5,6 @@ diffusers both only log a missing key and go on with random weights (DESIGN.md t
 """
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,17 +13,18 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from . import flavours
+from .component_files import Outlines, read_json, read_outlines, read_weights, short, some
 from .errors import LongCatError
-from .tensor_files import FLOATS, damaged, foreign_format
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "scheduler")
 SEARCH_DEPTH = 3
 # One of these sets makes a tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-LARGEST_CONFIG = 16 * 2**20
+# diffusers and transformers raise at one without "quant_method"; at an unknown method transformers only warns.
+_MARK = "quantization_config"
+_PRESET = "longcat_preset"
 
 _T = TypeVar("_T")
 
@@ -53,6 +53,10 @@ class Checkpoint(ABC):
         """
         return {}
 
+    def packed(self, component: str) -> Outlines | None:
+        """What the files hold where layers are quantised by a library of :mod:`quantisation`; None: no such layers."""
+        return None
+
     @abstractmethod
     def tokenizer_folder(self) -> AbstractContextManager[Path]:
         """A folder with the tokenizer's files, there as long as the context lasts."""
@@ -74,7 +78,12 @@ class FolderCheckpoint(Checkpoint):
 
     def shapes(self, component: str) -> dict[str, torch.Size]:
         """The shape of every tensor of a component."""
-        return read_shapes(self.folder / component)
+        return shapes(read_outlines(self.folder / component).tensors)
+
+    def packed(self, component: str) -> Outlines | None:
+        """As the headers say."""
+        outlines = read_outlines(self.folder / component)
+        return outlines if outlines.packed else None
 
     def tokenizer_folder(self) -> AbstractContextManager[Path]:
         """The folder's own tokenizer."""
@@ -87,8 +96,8 @@ class FolderCheckpoint(Checkpoint):
             LongCatError: the file is missing or unreadable.
         """
         whole = self.folder / "text_processor" / "processor_config.json"
-        config = _read_json(whole).get("image_processor") if whole.is_file() else None
-        return config if isinstance(config, dict) else _read_json(whole.with_name("preprocessor_config.json"))
+        config = read_json(whole).get("image_processor") if whole.is_file() else None
+        return config if isinstance(config, dict) else read_json(whole.with_name("preprocessor_config.json"))
 
 
 def list_checkpoints(roots: Iterable[Path]) -> dict[str, Path]:
@@ -142,7 +151,7 @@ def open_checkpoint(folder: Path) -> FolderCheckpoint:
     Raises:
         LongCatError: the folder is no LongCat-Image pipeline, or a config or the tokenizer is missing or unreadable.
     """
-    pipeline = _read_json(folder / "model_index.json").get("_class_name")
+    pipeline = read_json(folder / "model_index.json").get("_class_name")
     if pipeline not in (flavours.TEXT_TO_IMAGE, flavours.EDIT):
         raise LongCatError(
             f"'{folder.name}' is not a LongCat-Image checkpoint: its model_index.json says {pipeline or 'nothing'}, "
@@ -151,10 +160,24 @@ def open_checkpoint(folder: Path) -> FolderCheckpoint:
             f"应为 {flavours.TEXT_TO_IMAGE} 或 {flavours.EDIT}。请选择 LongCat-Image 文件夹。",
         )
     names = {"scheduler": "scheduler_config.json"}
-    configs = {part: _read_json(folder / part / names.get(part, "config.json")) for part in COMPONENTS}
+    configs = {part: _unmarked(read_json(folder / part / names.get(part, "config.json"))) for part in COMPONENTS}
     require_tokenizer(folder / "tokenizer")
     flavour = flavours.identify(pipeline, folder.name, configs["scheduler"])
     return FolderCheckpoint(flavour, configs, folder)
+
+
+def marked(config: Mapping[str, Any], preset: str) -> dict[str, Any]:
+    """The config of a component with quantised layers, which other libraries refuse.
+
+    They would find no weights for these layers and leave them random, with a warning.
+    """
+    return {**config, _MARK: {_PRESET: preset}}
+
+
+def _unmarked(config: dict[str, Any]) -> dict[str, Any]:
+    mark = config.get(_MARK)
+    ours = isinstance(mark, dict) and _PRESET in mark
+    return {key: value for key, value in config.items() if key != _MARK} if ours else config
 
 
 def fingerprint(folder: Path) -> str:
@@ -185,24 +208,6 @@ def build(component: str, factory: Callable[[], _T]) -> _T:
             "another model or was changed; download this part of the checkpoint again.",
             f"“{component}”的配置不符合 LongCat-Image（{cause}）。它来自其他模型或被改动过，请重新下载这一部分。",
         ) from error
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one component folder: a single safetensors file, or the shards that its index names.
-
-    Raises:
-        LongCatError: no weights, a shard that the index names is absent, or a file is cut short or damaged.
-    """
-    return _read_tensors(folder, lambda file, key: file.get_tensor(key))
-
-
-def read_shapes(folder: Path) -> dict[str, torch.Size]:
-    """The shapes of all tensors of one component folder; reads headers only, so it takes milliseconds.
-
-    Raises:
-        LongCatError: as for :func:`read_weights`, or a tensor is not of floating point.
-    """
-    return _read_tensors(folder, _float_shape)
 
 
 def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
@@ -243,71 +248,9 @@ def differences(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Si
         ("unknown", "多余", unknown),
         ("wrong shape (file ≠ config)", "形状不符（文件 ≠ 配置）", misshapen),
     )
-    en = "; ".join(f"{len(keys)} {name}: {_some(keys)}" for name, _, keys in kinds if keys)
-    zh = "；".join(f"{name} {len(keys)} 个：{_some(keys)}" for _, name, keys in kinds if keys)
+    en = "; ".join(f"{len(keys)} {name}: {some(keys)}" for name, _, keys in kinds if keys)
+    zh = "；".join(f"{name} {len(keys)} 个：{some(keys)}" for _, name, keys in kinds if keys)
     return en, zh
-
-
-def _read_tensors(folder: Path, read: Callable[[Any, str], _T]) -> dict[str, _T]:
-    tensors: dict[str, _T] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for key in file.keys():  # noqa: SIM118  (a handle, not a dict)
-                    tensors[key] = read(file, key)
-        except (SafetensorError, OSError) as error:
-            raise damaged(path, error) from error
-    return tensors
-
-
-def _float_shape(file: Any, key: str) -> torch.Size:
-    part = file.get_slice(key)
-    if part.get_dtype() not in FLOATS:
-        raise foreign_format(key, part.get_dtype())
-    return torch.Size(part.get_shape())
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    indexes = _visible_files(folder, "*.safetensors.index.json")
-    if indexes:
-        return _shards(indexes[0])
-    files = _visible_files(folder, "*.safetensors")
-    if len(files) != 1:
-        raise LongCatError(
-            f"Expected one .safetensors file (or an index with its shards) in '{folder.name}', found {len(files)}: "
-            f"{_some([path.name for path in files])}. Download this part of the checkpoint again.",
-            f"“{folder.name}”中应有一个 .safetensors 文件（或带分片的索引），实际有 {len(files)} 个："
-            f"{_some([path.name for path in files])}。请重新下载这一部分。",
-        )
-    return files
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    foreign = [repr(name) for name in names if not isinstance(name, str) or PureWindowsPath(name).name != name]
-    if foreign or not names:
-        raise LongCatError(
-            f"'{_short(index)}' has no weight_map of plain file names in its own folder; found: "
-            f"{_some(sorted(foreign))}. Nothing outside the folder is read. Download this file again.",
-            f"“{_short(index)}”的 weight_map 应只包含同一文件夹内的文件名，实际为：{_some(sorted(foreign))}。"
-            "不会读取文件夹之外的内容。请重新下载该文件。",
-        )
-    shards = [index.parent / name for name in sorted(names)]
-    absent = [path.name for path in shards if not path.is_file()]
-    if absent:
-        raise LongCatError(
-            f"'{_short(index)}' names {len(shards)} files, but these are missing: {_some(absent)}. "
-            f"Download them into '{index.parent.name}'.",
-            f"“{_short(index)}”列出了 {len(shards)} 个文件，但缺少：{_some(absent)}。"
-            f"请把它们下载到“{index.parent.name}”。",
-        )
-    return shards
-
-
-def _visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Files of a pattern; macOS leaves hidden ``._name`` twins on foreign disks."""
-    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
 
 
 def require_tokenizer(folder: Path) -> None:
@@ -320,8 +263,8 @@ def require_tokenizer(folder: Path) -> None:
         return
     wanted = " / ".join(" + ".join(names) for names in TOKENIZER_FILES)
     raise LongCatError(
-        f"The folder '{_short(folder)}' is missing or incomplete: expected {wanted}. Download it again.",
-        f"文件夹“{_short(folder)}”缺失或不完整，应包含 {wanted}。请重新下载。",
+        f"The folder '{short(folder)}' is missing or incomplete: expected {wanted}. Download it again.",
+        f"文件夹“{short(folder)}”缺失或不完整，应包含 {wanted}。请重新下载。",
     )
 
 
@@ -334,34 +277,7 @@ def _is_folder(path: Path) -> bool:
 
 def _is_longcat(folder: Path) -> bool:
     try:
-        pipeline = _read_json(folder / "model_index.json").get("_class_name")
+        pipeline = read_json(folder / "model_index.json").get("_class_name")
     except LongCatError:
         return False
     return pipeline in (flavours.TEXT_TO_IMAGE, flavours.EDIT)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        # Opening a pipe would wait for ever, and a config is never large.
-        if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_CONFIG):
-            raise ValueError(f"not a file of at most {LARGEST_CONFIG} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LongCatError(
-            f"'{_short(path)}' is missing or unreadable ({error}). Download this file of the checkpoint again.",
-            f"“{_short(path)}”缺失或无法读取（{error}）。请重新下载检查点中的这个文件。",
-        ) from error
-    if not isinstance(content, dict):
-        raise LongCatError(
-            f"'{_short(path)}' does not hold a JSON object. Download this file of the checkpoint again.",
-            f"“{_short(path)}”不是 JSON 对象。请重新下载检查点中的这个文件。",
-        )
-    return content
-
-
-def _short(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "") if names else "-"

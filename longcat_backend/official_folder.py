@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import Checkpoint, FolderCheckpoint
+from .checkpoints import Checkpoint, FolderCheckpoint, marked
 
 WEIGHTS = {
     "transformer": "transformer/diffusion_pytorch_model.safetensors",
@@ -26,13 +26,16 @@ _SMALL = (".json", ".txt", ".jinja", ".model")
 _INDEX = ".index.json"
 
 
-def write_rest(folder: Path, sources: Mapping[str, Checkpoint], tokenizer: Mapping[str, str]) -> bool:
+def write_rest(
+    folder: Path, sources: Mapping[str, Checkpoint], tokenizer: Mapping[str, str], presets: Mapping[str, str]
+) -> bool:
     """Write everything but the weights.
 
     Args:
         sources: for each part with weights the checkpoint that it comes from; small files of its folder are copied
             as they are.
         tokenizer: its files' texts by their names, used where the source of the text encoder has no folder.
+        presets: for each part whose weights will be quantised the name of its preset.
 
     Returns:
         Whether the processor for pictures, which is not loaded, could be copied, so that the folder is complete.
@@ -43,7 +46,8 @@ def write_rest(folder: Path, sources: Mapping[str, Checkpoint], tokenizer: Mappi
     for part in (*WEIGHTS, "scheduler"):
         source = sources["transformer" if part == "scheduler" else part]
         _copy_small(source, part, folder)
-        _write_json(folder / part / _CONFIG_NAMES.get(part, "config.json"), source.configs[part])
+        config = marked(source.configs[part], presets[part]) if part in presets else source.configs[part]
+        _write_json(folder / part / _CONFIG_NAMES.get(part, "config.json"), config)
     if not _copy_small(sources["text_encoder"], "tokenizer", folder):
         for name, text in tokenizer.items():
             (folder / "tokenizer" / name).write_text(text, encoding="utf-8", newline="")

@@ -16,7 +16,7 @@ from .errors import LongCatError
 from .precision import Preset
 
 # The module that makes a backend's layers, and the package that it needs.
-_BACKENDS = {"quanto": ("quanto_layers", "optimum-quanto"), "torchao": ("torchao_layers", "torchao")}
+BACKENDS = {"quanto": ("quanto_layers", "optimum-quanto"), "torchao": ("torchao_layers", "torchao")}
 
 Progress = Callable[[int, int], None]
 
@@ -44,13 +44,13 @@ def quantise(
     """
     layers = dict(_chosen(model, component))
     first = next(iter(layers.values()), None)
-    backend = require(preset, device or (first.weight.device if first is not None else torch.device("cpu")))
+    library = require(preset, device or (first.weight.device if first is not None else torch.device("cpu")))
     with torch.inference_mode(False), torch.no_grad():
         for done, name in enumerate(layers):
             layer = layers[name]
             layers[name] = None  # the model alone holds it, so that its full-precision weights are freed
             home = layer.weight.device
-            model.set_submodule(name, backend.quantised(layer.to(device or home), preset).to(home))
+            model.set_submodule(name, library.quantised(layer.to(device or home), preset).to(home))
             progress(done + 1, len(layers))
     verify(model, component, preset)
     guard_fusing(model)
@@ -62,9 +62,20 @@ def require(preset: Preset, device: torch.device) -> Any:
     Raises:
         LongCatError: the package is missing or does not fit the installed torch, or the device lacks the kernels.
     """
-    module, package = _BACKENDS[preset.backend]
+    library = backend(preset)
+    library.require(preset, device)
+    return library
+
+
+def backend(preset: Preset) -> Any:
+    """The module that makes the preset's layers.
+
+    Raises:
+        LongCatError: the package is missing or does not fit the installed torch.
+    """
+    module, package = BACKENDS[preset.backend]
     try:
-        backend = importlib.import_module(f".{module}", __package__)
+        return importlib.import_module(f".{module}", __package__)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         raise LongCatError(
             f"The precision '{preset.name}' needs the Python package '{package}', which cannot be used here: {error}. "
@@ -72,8 +83,6 @@ def require(preset: Preset, device: torch.device) -> Any:
             f"精度“{preset.name}”需要 Python 包“{package}”，但此处无法使用：{error}。"
             f"请运行 pip install -U {package}，或选择 bf16。",
         ) from error
-    backend.require(preset, device)
-    return backend
 
 
 def verify(model: nn.Module, component: str, preset: Preset) -> None:
@@ -82,10 +91,9 @@ def verify(model: nn.Module, component: str, preset: Preset) -> None:
     Raises:
         LongCatError: a layer holds plain weights or those of another format, or the model has no layer of these names.
     """
-    module, _ = _BACKENDS[preset.backend]
-    backend = importlib.import_module(f".{module}", __package__)
+    library = backend(preset)
     layers = dict(_chosen(model, component))
-    plain = [name for name, layer in layers.items() if not backend.took(layer, preset)]
+    plain = [name for name, layer in layers.items() if not library.took(layer, preset)]
     if plain or not layers:
         raise precision.did_not_take(preset, component, plain, len(layers))
 

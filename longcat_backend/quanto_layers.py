@@ -87,6 +87,12 @@ def unpacked(weight: QBitsTensor) -> torch.Tensor:
     return plain
 
 
+def dequantised(weight: QTensor) -> torch.Tensor:
+    """A weight with the very values that its layer computes with, in the dtype of its scales."""
+    plain: torch.Tensor = unpacked(weight) if isinstance(weight, QBitsTensor) else weight.dequantize()
+    return plain
+
+
 def require(preset: Preset, device: torch.device) -> None:
     """Every device can unpack these weights."""
 
@@ -98,6 +104,12 @@ def quantised(layer: nn.Linear, preset: Preset) -> QuantisedLinear:
         result.weight_group_size = GROUP
     result.weight = _parameter(result.qweight)
     return result
+
+
+def outline(layer: nn.Linear, preset: Preset) -> torch.Tensor:
+    """The weight that :func:`quantised` gives, without storage as that of ``layer``."""
+    weight: torch.Tensor = quantised(layer, preset).weight
+    return weight
 
 
 def took(layer: nn.Module, preset: Preset) -> bool:

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from . import prompts
+from . import prompts, quantised_state
 from .checkpoints import Checkpoint, audit, build, shapes
+from .component_files import Outlines
 from .errors import LongCatError
 
 # The published file, files saved by transformers 4.52 and later, and files of the bare language model.
@@ -142,7 +143,8 @@ def load_text_encoder(
     """Build the encoder from its own config and load only the decoder layers.
 
     Args:
-        dtype: of the embeddings, and of the weights unless ``convert`` gives them others.
+        dtype: of the embeddings, and of the weights unless ``convert`` gives them others. Quantised weights in the
+            checkpoint are taken as they are, with the dtype of its files.
         prepare: exchanges layers of the model while it has no weights yet.
         convert: the weights that the exchanged layers take.
         keep_stored: leave 16-bit weights as the files have them, for layers that widen them when they are used.
@@ -159,8 +161,11 @@ def load_text_encoder(
             "请下载同一检查点的“tokenizer”和“text_encoder”。",
         )
     model = empty_text_model(checkpoint.configs["text_encoder"])
-    prepare(model)
     stored = checkpoint.weights("text_encoder")
+    outlines = checkpoint.packed("text_encoder")
+    if outlines is not None:
+        return _load_quantised(model, tokenizer, stored, outlines)
+    prepare(model)
     kept = _SHORT if keep_stored else ()
     weights = {
         name: weight if weight.dtype in kept else weight.to(dtype)
@@ -170,6 +175,19 @@ def load_text_encoder(
     model.load_state_dict(convert(weights), assign=True)
     _compute_buffers(model, model.config)
     return TextEncoder(model.eval().requires_grad_(False), tokenizer, dtype)
+
+
+def _load_quantised(
+    model: Qwen2_5_VLTextModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stored: Mapping[str, torch.Tensor],
+    outlines: Outlines,
+) -> TextEncoder:
+    weights = {name: stored[key] for name, key in language_keys(stored).items()}
+    model.embed_tokens = HostEmbedding(weights.pop("embed_tokens.weight"), outlines.dtype)
+    quantised_state.load_quantised(model, "text_encoder", weights, outlines.packed, torch.device("cpu"))
+    _compute_buffers(model, model.config)
+    return TextEncoder(model.eval(), tokenizer, outlines.dtype)
 
 
 def empty_text_model(config: Mapping[str, Any]) -> Qwen2_5_VLTextModel:
@@ -188,16 +206,22 @@ def empty_text_model(config: Mapping[str, Any]) -> Qwen2_5_VLTextModel:
 
 
 def audited_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
-    """The shapes of the decoder's weights in the checkpoint's files, checked against its config.
+    """The shapes of the decoder's weights, of quantised ones too, after the files were checked against its config.
 
     Raises:
-        LongCatError: see :func:`empty_text_model`, :func:`checkpoints.read_shapes` and :func:`checkpoints.audit`.
+        LongCatError: see :func:`empty_text_model`, :func:`component_files.read_outlines`, :func:`checkpoints.audit`
+            and :func:`quantised_state.audit_quantised`.
     """
-    expected = shapes(empty_text_model(checkpoint.configs["text_encoder"]).state_dict())
-    stored = checkpoint.shapes("text_encoder")
-    found = {name: stored[key] for name, key in language_keys(stored).items()}
-    audit("text_encoder", expected, found)
-    return found
+    model = empty_text_model(checkpoint.configs["text_encoder"])
+    expected = shapes(model.state_dict())
+    outlines = checkpoint.packed("text_encoder")
+    if outlines is None:
+        stored = checkpoint.shapes("text_encoder")
+        audit("text_encoder", expected, {name: stored[key] for name, key in language_keys(stored).items()})
+    else:
+        held = {name: outlines.tensors[key] for name, key in language_keys(outlines.tensors).items()}
+        quantised_state.audit_quantised(model, "text_encoder", held, outlines.packed)
+    return expected
 
 
 def language_keys(keys: Iterable[str]) -> dict[str, str]:

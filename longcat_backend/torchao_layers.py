@@ -53,6 +53,12 @@ def quantised(layer: nn.Linear, preset: Preset) -> nn.Linear:
     return layer
 
 
+def outline(layer: nn.Linear, preset: Preset) -> torch.Tensor:
+    """The weight that :func:`quantised` gives, without storage as that of ``layer``; no kernel is needed for it."""
+    weight: torch.Tensor = Float8Tensor.from_hp(layer.weight, torch.float8_e4m3fn, PerRow())
+    return weight
+
+
 def took(layer: nn.Module, preset: Preset) -> bool:
     """Whether the weight is fp8 with a scale for each row, and activations are scaled to fp8 as well."""
     weight = layer.weight
@@ -62,6 +68,12 @@ def took(layer: nn.Module, preset: Preset) -> bool:
         and weight.scale.shape == (weight.shape[0], 1)
         and weight.act_quant_kwargs is not None
     )
+
+
+def dequantised(weight: Float8Tensor) -> torch.Tensor:
+    """A weight in bf16."""
+    plain: torch.Tensor = weight.dequantize()
+    return plain
 
 
 def _multiplies_fp8(device: torch.device) -> bool:

@@ -9,9 +9,11 @@ from diffusers import LongCatImageTransformer2DModel
 from torch import nn
 from torch.nn import functional
 
-from . import flow, latents, rotary
+from . import flow, latents, quantisation, quantised_state, rotary
 from .checkpoints import Checkpoint, audit, build, shapes
 from .modulation import ModulationTable
+from .precision import Preset
+from .quantisation import Progress
 
 
 class VelocityModel(nn.Module):
@@ -91,24 +93,31 @@ def empty_transformer(config: Mapping[str, Any]) -> LongCatImageTransformer2DMod
 
 
 def audited_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
-    """The shapes of the transformer's weights in the checkpoint's files, checked against its config.
+    """The shapes of the transformer's weights, of quantised ones too, after the files were checked against its config.
 
     Raises:
-        LongCatError: see :func:`empty_transformer`, :func:`checkpoints.read_shapes` and :func:`checkpoints.audit`.
+        LongCatError: see :func:`empty_transformer`, :func:`component_files.read_outlines`, :func:`checkpoints.audit`
+            and :func:`quantised_state.audit_quantised`.
     """
-    expected = shapes(empty_transformer(checkpoint.configs["transformer"]).state_dict())
-    found = checkpoint.shapes("transformer")
-    audit("transformer", expected, found)
-    return found
+    model = empty_transformer(checkpoint.configs["transformer"])
+    expected = shapes(model.state_dict())
+    outlines = checkpoint.packed("transformer")
+    if outlines is None:
+        audit("transformer", expected, checkpoint.shapes("transformer"))
+    else:
+        quantised_state.audit_quantised(model, "transformer", outlines.tensors, outlines.packed)
+    return expected
 
 
 def audited_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
     """The transformer's tensors under their official names; audited before the first one is read.
 
     Raises:
-        LongCatError: see :func:`audited_shapes` and :func:`checkpoints.read_weights`.
+        LongCatError: see :func:`audited_shapes`, :func:`quantised_state.require_plain` and
+            :func:`component_files.read_weights`.
     """
     audited_shapes(checkpoint)
+    quantised_state.require_plain(checkpoint, "transformer")
     return checkpoint.weights("transformer")
 
 
@@ -132,6 +141,40 @@ def load_transformer(
     prepare(transformer)
     transformer.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
     return VelocityModel(transformer.eval().requires_grad_(False), table)
+
+
+def load_quantised_transformer(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    preset: Preset,
+    device: torch.device,
+    progress: Progress,
+    table: ModulationTable | None = None,
+    prepare: Callable[[nn.Module], None] = lambda transformer: None,
+) -> VelocityModel:
+    """The diffusers transformer in a preset of :mod:`quantisation`, on the CPU.
+
+    Layers that the checkpoint holds in that preset are taken as they are, and ``dtype`` has to be that of its files;
+    others are quantised here.
+
+    Args:
+        device: where the model will run; layers are quantised there.
+        progress: called with (layers quantised, layers in all).
+        table, prepare: see :func:`load_transformer`.
+
+    Raises:
+        LongCatError: see :func:`load_transformer`, :func:`quantisation.quantise`,
+            :func:`quantised_state.load_quantised` and :func:`quantised_state.require_plain`.
+    """
+    outlines = checkpoint.packed("transformer")
+    if outlines is None or quantised_state.stored_preset(checkpoint, "transformer") != preset:
+        model = load_transformer(checkpoint, dtype, table, prepare)
+        quantisation.quantise(model.transformer, "transformer", preset, device, progress)
+        return model
+    transformer = empty_transformer(checkpoint.configs["transformer"])
+    weights = checkpoint.weights("transformer")
+    quantised_state.load_quantised(transformer, "transformer", weights, outlines.packed, device, prepare)
+    return VelocityModel(transformer.eval(), table)
 
 
 def _whole_patches(samples: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,11 @@ GROUP_OFFLOAD = "group offload"
 MODEL_PRECISION = (
     "Number format of the transformer. auto: the exact one that this device computes in best (bf16 on recent GPUs). "
     "fp8, int8: half the memory, computed in 8 bits (engine core). int8-quanto, int4-quanto: less memory, slower; "
-    "fp8-torchao: computed in fp8 (engine diffusers)."
+    "fp8-torchao: computed in fp8 (engine diffusers). A checkpoint that was saved in one of these three keeps it."
 )
 ENCODER_PRECISION = (
     "Number format of the text encoder. auto: bf16, or fp32 on a device without it. fp8, int8, int8-quanto: half "
-    "the memory; each weight is unpacked when it is used."
+    "the memory; each weight is unpacked when it is used. A checkpoint that was saved in int8-quanto keeps it."
 )
 
 
@@ -153,6 +153,7 @@ class LongCatLoader(io.ComfyNode):
         checkpoint: str | None,
         engine: Any = None,
         offload: Any = None,
+        text_encoder_precision: str | None = precision.AUTO,
         text_encoder_file: str | None = files.AUTO,
         vae_file: str | None = files.AUTO,
         download_missing: bool | None = False,
@@ -162,11 +163,15 @@ class LongCatLoader(io.ComfyNode):
             known = ", ".join((precision.AUTO, *loading.ENGINES))
             return f"There is no such engine. Choose one of: {known}.\n没有这个引擎。请选择：{known}。"
         try:
-            auto.engine(engine["engine"], engine["precision"], _group_offload(offload))
-            names = (checkpoint, text_encoder_file, vae_file)
-            # None comes from another node, and is known only when that has run.
-            if None not in names and not downloading.awaits(str(checkpoint), download_missing is not False):
-                loading.verify(*map(str, names))
+            group = _group_offload(offload)
+            auto.engine(engine["engine"], engine["precision"], group)
+            # None comes from another node, and is known only when that has run; or it is part of a dynamic input.
+            choices = (engine["engine"], engine["precision"], text_encoder_precision, group)
+            if text_encoder_precision not in (precision.AUTO, None):
+                precision.preset(text_encoder_precision, precision.ENCODER_PRESETS)
+            named = checkpoint is not None and text_encoder_file is not None and vae_file is not None
+            if named and not downloading.awaits(str(checkpoint), download_missing is not False):
+                loading.check(str(checkpoint), *choices, str(text_encoder_file), str(vae_file))
         except LongCatError as error:
             return str(error)
         return True

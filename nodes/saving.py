@@ -28,7 +28,7 @@ class LongCatSaveCheckpoint(io.ComfyNode):
                     "model",
                     optional=True,
                     tooltip="The MODEL of LongCatLoader. LoRAs and other weight patches on it are baked in, as in "
-                    "core's Save Model.",
+                    "core's Save Model; beside weights in int8-quanto, int4-quanto or fp8-torchao they are refused.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -47,9 +47,9 @@ class LongCatSaveCheckpoint(io.ComfyNode):
                     "layout",
                     options=list(saving.LAYOUTS),
                     default=saving.FILES,
-                    tooltip="folder: the official layout, in models/longcat_image; needs model, clip and vae. comfyui: "
-                    "one file for each, in models/diffusion_models, text_encoders and vae, that core's loaders read "
-                    "too.",
+                    tooltip="folder: the official layout, in models/longcat_image; needs model, clip and vae; "
+                    "the one for int8-quanto, int4-quanto and fp8-torchao. comfyui: one file for each, in "
+                    "models/diffusion_models, text_encoders and vae, that core's loaders read too.",
                 ),
                 io.Combo.Input(
                     "precision",

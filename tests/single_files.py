@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from longcat_pack.longcat_backend import checkpoints, layouts, precision, single_files
+from longcat_pack.longcat_backend import checkpoints, component_files, layouts, precision, single_files
 
 Tensors = Mapping[str, torch.Tensor]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -17,7 +17,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 def tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The weights of an official folder in ComfyUI's layout, by part."""
-    official = {part: checkpoints.read_weights(folder / part) for part in single_files.PARTS}
+    official = {part: component_files.read_weights(folder / part) for part in single_files.PARTS}
     return {
         "transformer": dict(layouts.to_core(official["transformer"])),
         "text_encoder": official["text_encoder"],

@@ -7,7 +7,7 @@ import comfy.model_management
 import torch
 from comfy.cli_args import args
 
-from .. import memory, precision, quantisation
+from .. import memory, precision, quantisation, quantised_state, text_encoder, transformer
 from ..checkpoints import Checkpoint
 from ..devices import DevicePolicy
 from ..errors import LongCatError
@@ -19,6 +19,55 @@ logger = logging.getLogger(__name__)
 
 _LOSSY = "int8"  # the one that both the core engine and the encoder have kernels for on most cards
 _PARTS = ("transformer", "text_encoder")
+_SHAPES = {"transformer": transformer.audited_shapes, "text_encoder": text_encoder.audited_shapes}
+
+
+def settled(checkpoint: Checkpoint, component: str, name: str, engine: str = precision.AUTO) -> str:
+    """The precision of a choice, or that in which the checkpoint holds the component quantised.
+
+    Args:
+        name: of a preset, or "auto".
+        engine: the one that was chosen for the transformer.
+
+    Raises:
+        LongCatError: the checkpoint holds the component in another precision, or in one of the other engine.
+    """
+    stored = quantised_state.stored_preset(checkpoint, component)
+    if stored is None:
+        return name
+    if name not in (precision.AUTO, stored.name):
+        raise LongCatError(
+            f"The {component} of this checkpoint is stored in {stored.name} and cannot be loaded as {name}. Set its "
+            f"precision to auto or {stored.name}, or choose the checkpoint that this one was made from.",
+            f"此检查点的 {component} 以 {stored.name} 存储，无法以 {name} 加载。请把它的精度设为 auto 或 "
+            f"{stored.name}，或使用它的来源检查点。",
+        )
+    if stored.name not in precision.ENGINE_PRESETS.get(engine, (stored.name,)):
+        raise LongCatError(
+            f"The {component} of this checkpoint is stored in {stored.name}, which the engine {engine} does not have. "
+            "Set engine to auto or diffusers.",
+            f"此检查点的 {component} 以 {stored.name} 存储，{engine} 引擎没有该精度。请把引擎设为 auto 或 diffusers。",
+        )
+    return stored.name
+
+
+def dtype(checkpoint: Checkpoint, component: str, chosen: Preset, policy: DevicePolicy) -> torch.dtype:
+    """The dtype of the computation: that of the files where they are quantised, else the preset's or the device's.
+
+    Raises:
+        LongCatError: the files are quantised, and the device cannot hold their other weights.
+    """
+    outlines = checkpoint.packed(component)
+    if outlines is None:
+        return chosen.dtype or policy.compute_dtype(component)
+    if not policy.holds(outlines.dtype):
+        stored = str(outlines.dtype).removeprefix("torch.")
+        raise LongCatError(
+            f"The {component} of this checkpoint is quantised beside weights in {stored}, which this device "
+            f"({policy.device}) cannot hold. Choose the checkpoint that this one was made from.",
+            f"此检查点的 {component} 含有 {stored} 权重，此设备（{policy.device}）无法存放。请使用它的来源检查点。",
+        )
+    return outlines.dtype
 
 
 def engine(chosen: str, precision_name: str, offload: GroupOffload | None) -> str:
@@ -58,11 +107,8 @@ def preset(
     dtype = _compute_dtype(component)
     exact = next(known for known in PRESETS.values() if known.dtype == dtype)
     lossy = [PRESETS[_LOSSY]] if _LOSSY in allowed and policy.supports(PRESETS[_LOSSY], weight_only) else []
-    shapes = {part: checkpoint.shapes(part) for part in _PARTS}
-    dtypes = {part: _stored_dtype(checkpoint, part) for part in _PARTS}  # each on a device of its own
     parts = {
-        known.name: {part: memory.weigh(shapes[part], part, known, dtypes[part], tabulate) for part in _PARTS}
-        for known in (exact, *lossy)
+        known.name: {part: _weigh(checkpoint, part, known, tabulate) for part in _PARTS} for known in (exact, *lossy)
     }
     totals = {known: sum(part.total for part in weights.values()) for known, weights in parts.items()}
     host_free = comfy.model_management.get_free_memory(torch.device("cpu"))
@@ -77,6 +123,15 @@ def keeps_stored(name: str, dtype: torch.dtype) -> bool:
     Widened when they are used they give the same bits as widened once, in half the memory.
     """
     return name == precision.AUTO and dtype is torch.float32
+
+
+def _weigh(checkpoint: Checkpoint, part: str, known: Preset, tabulate: bool) -> memory.Weights:
+    """What a part will weigh in a precision, or in that which its files have settled."""
+    outlines = checkpoint.packed(part)
+    if outlines is None:
+        return memory.weigh(checkpoint.shapes(part), part, known, _stored_dtype(checkpoint, part), tabulate)
+    stored = quantised_state.stored_preset(checkpoint, part) or known
+    return memory.weigh(_SHAPES[part](checkpoint), part, stored, outlines.dtype, tabulate)
 
 
 def _stored_dtype(checkpoint: Checkpoint, part: str) -> torch.dtype:

@@ -138,9 +138,9 @@ def _load_encoder(
     if preset.backend == "quanto":
         with torch.inference_mode(False):  # whose tensors could not be packed
             encoder = load_text_encoder(checkpoint, tokenizer, dtype)
-        quantisation.quantise(
-            encoder.model, _COMPONENT, preset, comfy.model_management.text_encoder_device(), host.progress()
-        )
+        if checkpoint.packed(_COMPONENT) is None:  # else it holds the layers as they are wanted
+            device = comfy.model_management.text_encoder_device()
+            quantisation.quantise(encoder.model, _COMPONENT, preset, device, host.progress())
         return encoder
     packed = preset.backend == "kitchen"
     layers = kitchen.operations(dtype, preset, weight_only=True) if packed else comfy.ops.manual_cast

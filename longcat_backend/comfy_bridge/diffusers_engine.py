@@ -13,13 +13,12 @@ import comfy.supported_models
 import torch
 from torch import nn
 
-from .. import quantisation
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
 from ..memory import GroupOffload
 from ..modulation import ModulationTable, is_modulation
 from ..precision import Preset
-from ..transformer import VelocityModel, load_transformer
+from ..transformer import VelocityModel, load_quantised_transformer, load_transformer
 from . import core_engine, formats, host, patchers
 from .castable import TabulatedLinear, castable, replace_linears
 
@@ -87,7 +86,7 @@ def load(
         offload: let diffusers' group offload move the weights, in the place of ComfyUI's memory manager.
 
     Raises:
-        LongCatError: see :func:`transformer.audited_weights`, :func:`quantisation.quantise` and
+        LongCatError: see :func:`transformer.load_transformer`, :func:`transformer.load_quantised_transformer` and
             :meth:`memory.GroupOffload.apply`.
     """
     # ComfyUI takes latent channels from it, and its LoRA loaders the number and size of the blocks.
@@ -96,19 +95,20 @@ def load(
     config.set_inference_dtype(dtype, None)
     formats.configure(config, checkpoint)
     model = comfy.model_base.LongCatImage(config)
+    device, unload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     table = ModulationTable() if tabulate else None
     plain = bool(preset.backend or offload)  # layers that other libraries quantise or move
     prepare = partial(_prepare, dtype=dtype, plain=plain, table=table)
     # Other libraries exchange storage and pack weights, which the tensors of inference mode do not allow.
     with torch.inference_mode(torch.is_inference_mode_enabled() and not plain):
-        velocity = load_transformer(checkpoint, dtype, table, prepare)
+        if preset.backend:
+            place = (device, host.progress())
+            velocity = load_quantised_transformer(checkpoint, dtype, preset, *place, table, prepare)
+        else:
+            velocity = load_transformer(checkpoint, dtype, table, prepare)
     model.diffusion_model = DiffusionModel(velocity)
     if table is not None:
         patchers.set_table(model, table)
-    device = comfy.model_management.get_torch_device()
-    unload = comfy.model_management.unet_offload_device()
-    if preset.backend:
-        quantisation.quantise(velocity.transformer, "transformer", preset, device, host.progress())
     if offload is not None:
         _offload_groups(velocity.transformer, device, offload)
         return patchers.group_patcher(model, device, unload)

@@ -11,9 +11,11 @@ import torch
 from .. import flow
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
+from ..precision import Preset
 
 _ATTACHMENT = "longcat_scheduler"
 _SOURCE = "longcat_checkpoint"
+_PRESET = "longcat_precision"
 
 
 def configure(config: comfy.supported_models_base.BASE, checkpoint: Checkpoint) -> None:
@@ -39,6 +41,17 @@ def source(patcher: comfy.model_patcher.ModelPatcher) -> Checkpoint | None:
     """The checkpoint that a component was loaded from; None if core's own loader brought it."""
     checkpoint: Checkpoint | None = patcher.get_attachment(_SOURCE)
     return checkpoint
+
+
+def attach_preset(patcher: comfy.model_patcher.ModelPatcher, preset: Preset) -> None:
+    """Let a MODEL or CLIP know the precision that it was loaded in."""
+    patcher.set_attachments(_PRESET, preset)
+
+
+def preset(patcher: comfy.model_patcher.ModelPatcher) -> Preset | None:
+    """The precision that LongCatLoader loaded a MODEL or CLIP in; None if another loader brought it."""
+    attached: Preset | None = patcher.get_attachment(_PRESET)
+    return attached
 
 
 def scheduler_config(patcher: comfy.model_patcher.ModelPatcher | None) -> Mapping[str, Any]:

@@ -26,6 +26,30 @@ def verify(name: str, text_encoder_file: str = files.AUTO, vae_file: str = files
     _verify(place, place.fingerprint())
 
 
+def check(
+    name: str,
+    engine: str,
+    model_precision: str | None,
+    encoder_precision: str | None,
+    offload: GroupOffload | None,
+    text_encoder_file: str = files.AUTO,
+    vae_file: str = files.AUTO,
+) -> None:
+    """Check a checkpoint and the choices for it without reading a weight; see :func:`load`.
+
+    Args:
+        model_precision, encoder_precision: None is not known yet.
+
+    Raises:
+        LongCatError: see :func:`verify`, :func:`auto.settled` and :func:`auto.engine`.
+    """
+    verify(name, text_encoder_file, vae_file)
+    checkpoint = files.find(name, text_encoder_file, vae_file).open()
+    settled = auto.settled(checkpoint, "transformer", model_precision or precision.AUTO, engine)
+    auto.engine(engine, settled, offload)
+    auto.settled(checkpoint, "text_encoder", encoder_precision or precision.AUTO)
+
+
 @lru_cache(maxsize=16)
 def _verify(place: files.Place, fingerprint: str) -> None:
     checkpoint = place.open()
@@ -56,7 +80,7 @@ def load(
         LongCatError: the checkpoint cannot be found, identified or read, its weights do not fit its configs, or the
             settings contradict each other or the device.
     """
-    verify(name, text_encoder_file, vae_file)
+    check(name, engine, model_precision, encoder_precision, offload, text_encoder_file, vae_file)
     checkpoint = files.find(name, text_encoder_file, vae_file).open()
     encoder = load_encoder(checkpoint, encoder_precision)
     return load_model(checkpoint, engine, model_precision, tabulate, offload), encoder, vae.load(checkpoint)
@@ -66,12 +90,15 @@ def load_encoder(checkpoint: Checkpoint, precision_name: str) -> comfy.sd.CLIP:
     """The text encoder of a checkpoint as a CLIP.
 
     Raises:
-        LongCatError: see :func:`auto.preset` and :func:`clip.load`.
+        LongCatError: see :func:`auto.settled`, :func:`auto.preset`, :func:`auto.dtype` and :func:`clip.load`.
     """
     policy = devices.policy(comfy.model_management.text_encoder_device())
-    preset = auto.preset(checkpoint, "text_encoder", precision_name, precision.ENCODER_PRESETS, policy, tabulate=True)
-    dtype = preset.dtype or policy.compute_dtype("text_encoder")
-    return clip.load(checkpoint, dtype, preset, keep_stored=auto.keeps_stored(precision_name, dtype))
+    name = auto.settled(checkpoint, "text_encoder", precision_name)
+    preset = auto.preset(checkpoint, "text_encoder", name, precision.ENCODER_PRESETS, policy, tabulate=True)
+    dtype = auto.dtype(checkpoint, "text_encoder", preset, policy)
+    encoder = clip.load(checkpoint, dtype, preset, keep_stored=auto.keeps_stored(name, dtype))
+    formats.attach_preset(encoder.patcher, preset)
+    return encoder
 
 
 def load_model(
@@ -88,13 +115,16 @@ def load_model(
         disable_dynamic: for ComfyUI, which asks for a twin without dynamic VRAM where it compiles a model.
 
     Raises:
-        LongCatError: see :func:`auto.preset`, :func:`core_engine.load` and :func:`diffusers_engine.load`.
+        LongCatError: see :func:`auto.settled`, :func:`auto.preset`, :func:`auto.dtype`, :func:`core_engine.load` and
+            :func:`diffusers_engine.load`.
     """
-    chosen = auto.engine(engine, model_precision, offload)
+    name = auto.settled(checkpoint, "transformer", model_precision, engine)
+    chosen = auto.engine(engine, name, offload)
     policy = devices.policy()
-    preset = auto.preset(checkpoint, "transformer", model_precision, precision.ENGINE_PRESETS[chosen], policy, tabulate)
-    dtype = preset.dtype or policy.compute_dtype("transformer")
+    preset = auto.preset(checkpoint, "transformer", name, precision.ENGINE_PRESETS[chosen], policy, tabulate)
+    dtype = auto.dtype(checkpoint, "transformer", preset, policy)
     patcher = ENGINES[chosen](checkpoint, dtype, preset, tabulate, dynamic=not disable_dynamic, offload=offload)
     formats.attach(patcher, checkpoint)
+    formats.attach_preset(patcher, preset)
     patcher.cached_patcher_init = (load_model, (checkpoint, chosen, preset.name, tabulate, offload))
     return patcher

@@ -13,10 +13,11 @@ import comfy.utils
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .. import checkpoints, layouts, official_folder, precision, saving, single_files, verification
+from .. import checkpoints, component_files, layouts, official_folder, precision, saving, single_files, verification
 from ..errors import LongCatError
 from ..precision import Preset
 from ..saving import Entry
+from ..tensor_files import DTYPES
 from . import files, host, kitchen, loaded_weights
 from .loaded_weights import Loaded
 
@@ -99,18 +100,22 @@ def _write_folder(
 ) -> list[str]:
     target = host.write_folder(host.MODEL_FOLDER) / path
     contents = {part.part: _official(part, precision_name) for part in parts}
+    quantised = {part.part: part.quantised for part in parts if part.quantised and precision_name == KEEP}
+    presets = {part: kept.preset.name for part, kept in quantised.items()}
     size = saving.total(list(contents.values()))
     with saving.staged(overwrite) as staging:
         folder = staging.place(target)
         saving.require_space(target, size)
         folder.mkdir()
-        complete = official_folder.write_rest(folder, {part.part: part.checkpoint for part in parts}, tokenizer)
+        sources = {part.part: part.checkpoint for part in parts}
+        complete = official_folder.write_rest(folder, sources, tokenizer, presets)
         tick = _progress(size)
         for part, entries in contents.items():
-            saving.write_file(folder / official_folder.WEIGHTS[part], entries, {"format": "pt"}, tick)
+            layers = quantised[part].layers if part in quantised else {}
+            saving.write_file(folder / official_folder.WEIGHTS[part], entries, component_files.header(layers), tick)
         verification.verify(checkpoints.open_checkpoint(folder))
     lines = [f"{target}: {_size(size)}"]
-    lines += [f"{part}: {_dtypes(entries)}" for part, entries in contents.items()]
+    lines += [f"{part}: {presets.get(part) or _dtypes(entries)}" for part, entries in contents.items()]
     missing = (
         "text_processor is missing: the CLIP's checkpoint has none. LongCatLoader does not need it. "
         "缺少 text_processor：CLIP 的来源中没有；LongCatLoader 不需要它。"
@@ -139,7 +144,7 @@ def _write_files(
 
 def _official(part: Loaded, precision_name: str) -> dict[str, Entry]:
     """A part's tensors for an official folder."""
-    if part.formats and precision_name == KEEP:
+    if part.formats and part.quantised is None and precision_name == KEEP:
         formats = ", ".join(sorted(part.formats))
         raise LongCatError(
             f"The {part.part} is loaded in {formats}, which an official folder cannot hold. Choose the layout "
@@ -161,6 +166,8 @@ def _single_file(part: Loaded, precision_name: str) -> dict[str, Entry]:
     if precision_name in PACKED:
         return _packed(part, precision.PRESETS[precision_name])
     dtype = _dtype(precision_name)
+    if dtype is None and part.quantised is not None:
+        raise _no_single_file(part.part, part.quantised.preset)
     tensors = part.plain(dtype) if dtype is not None else part.tensors
     return saving.entries(tensors, _core_plan(part, tensors), dtype)
 
@@ -227,13 +234,23 @@ def _dtype(precision_name: str) -> torch.dtype | None:
 def _dtypes(contents: Mapping[str, Entry]) -> str:
     sizes: dict[str, int] = {}
     for entry in contents.values():
-        name = saving.DTYPES[entry.dtype]
+        name = DTYPES[entry.dtype]
         sizes[name] = sizes.get(name, 0) + entry.size
     return " + ".join(name for name, _ in sorted(sizes.items(), key=lambda item: -item[1]) if name != "U8")
 
 
 def _size(size: int) -> str:
     return f"{size / 2**30:.2f} GB" if size >= 2**30 else f"{size / 2**20:.1f} MB"
+
+
+def _no_single_file(part: str, preset: Preset) -> LongCatError:
+    plain = ", ".join(precision.PLAIN)
+    return LongCatError(
+        f"The {part} is loaded in {preset.name}, for which ComfyUI has no file layout: its loaders could not read the "
+        f"file. Choose the layout folder, or a precision of {plain} to multiply the weights out.",
+        f"{part} 以 {preset.name} 加载，ComfyUI 没有对应的单文件结构，其加载器无法读取。请选择 folder 结构，"
+        f"或选择 {plain} 之一以还原权重。",
+    )
 
 
 def _parts_missing(layout: str) -> LongCatError:

@@ -66,6 +66,7 @@ def train(
             is there and no run of it; or see :func:`loop.train`.
     """
     checkpoint = training_request.require_checkpoint(model)
+    base.check(checkpoint, request.settings.base_precision)
     training_request.require_task(checkpoint, dataset)
     file, folder = training_request.prepare_places(request)
     encoders = GraphEncoders(clip, vae, NODE)

@@ -21,7 +21,7 @@ def load(checkpoint: Checkpoint) -> comfy.sd.VAE:
     """ComfyUI's VAE with the checkpoint's weights; its LATENTs are unscaled.
 
     Raises:
-        LongCatError: see :func:`checkpoints.read_weights` and :func:`checkpoints.audit`.
+        LongCatError: see :func:`component_files.read_weights` and :func:`checkpoints.audit`.
     """
     config = checkpoint.configs["vae"]
     audit("vae", vae_shapes(config), checkpoint.shapes("vae"))

@@ -3,10 +3,20 @@
 import torch
 from torch import nn
 
-from .. import precision, quantisation
+from .. import precision, quantised_state
 from ..checkpoints import Checkpoint
 from ..quantisation import Progress
-from ..transformer import VelocityModel, load_transformer
+from ..transformer import VelocityModel, load_quantised_transformer, load_transformer
+
+
+def check(checkpoint: Checkpoint, base_precision: str) -> None:
+    """Refuse a base precision other than that in which the checkpoint holds the transformer quantised.
+
+    Raises:
+        LongCatError: it is another one.
+    """
+    if quantised_state.stored_preset(checkpoint, "transformer") != precision.PRESETS[base_precision]:
+        quantised_state.require_plain(checkpoint, "transformer")
 
 
 def load_base(
@@ -20,15 +30,17 @@ def load_base(
         progress: called with (layers quantised, layers in all).
 
     Raises:
-        LongCatError: see :func:`transformer.load_transformer` and :func:`quantisation.quantise`.
+        LongCatError: see :func:`check`, :func:`transformer.load_transformer` and
+            :func:`transformer.load_quantised_transformer`.
     """
+    check(checkpoint, base_precision)
     preset = precision.PRESETS[base_precision]
     with torch.inference_mode(False):
-        model = load_transformer(checkpoint, preset.dtype or torch.bfloat16)
-        if preset.backend:
-            quantisation.quantise(model.transformer, "transformer", preset, device, progress)
-            let_gradients_through(model.transformer)
-    return model
+        if not preset.backend:
+            return load_transformer(checkpoint, preset.dtype or torch.bfloat16)
+        model = load_quantised_transformer(checkpoint, torch.bfloat16, preset, device, progress)
+        let_gradients_through(model.transformer)
+        return model
 
 
 def let_gradients_through(transformer: nn.Module) -> None:

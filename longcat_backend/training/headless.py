@@ -42,6 +42,7 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     for note in config.notes:
         log.info("%s", note)
     checkpoint = checkpoints.open_checkpoint(config.checkpoint)
+    base.check(checkpoint, config.settings.base_precision)
     found = _dataset(config, checkpoint)
     encoders = _encoders(checkpoint, device)
     preserve = config.settings.preservation_prompts if config.settings.preserves else ()

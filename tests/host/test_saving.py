@@ -151,10 +151,33 @@ def test_parts_that_are_missing_are_named(server: ComfyServer, models: Path) -> 
     assert written(models) == []
 
 
-def test_quantos_weights_are_refused(server: ComfyServer, models: Path) -> None:
+@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto"])
+def test_a_folder_of_quantos_weights_draws_the_picture_of_the_quantised_model(
+    precision: str, server: ComfyServer, models: Path
+) -> None:
+    loader = {"1.engine": "auto", "1.engine.precision": precision, "1.text_encoder_precision": "int8-quanto"}
+    expected = picture(server, "LongCat-Tiny", **loader)
+    report = server.run(saving("folder", loader=loader)).outputs["2"]["text"][0]
+    assert f"transformer: {precision}" in report and "text_encoder: int8-quanto" in report
+    files_of_quanto = written(models)
+    server.run(saving("folder", loader=loader, name="again"))  # from what ComfyUI still has in memory
+    assert picture(server, "saved", **{"1.engine": "auto"}) == expected
+    assert picture(server, "again", **loader) == expected
+    assert expected != picture(server, "LongCat-Tiny", **{"1.engine": "diffusers"})
+    for choice, words in (
+        ({"1.engine": "core"}, (f"stored in {precision}", "core", "Set engine to auto")),
+        ({"1.engine": "auto", "1.text_encoder_precision": "fp32"}, ("text_encoder", "stored in int8-quanto")),
+    ):
+        rejected(server, prompt("saved", **choice), "1", words)
+    other = prompt("saved", **{"1.engine": "auto", "1.engine.precision": "bf16"})
+    failed(server, other, "1", (f"stored in {precision}", "cannot be loaded as bf16", "Set its precision to auto"))
+    assert set(files_of_quanto) < set(written(models))
+
+
+def test_quantos_weights_fit_no_file_of_comfyui(server: ComfyServer, models: Path) -> None:
+    words = ("int8-quanto", "ComfyUI has no file layout", "folder")
     loader = {"1.engine": "diffusers", "1.engine.precision": "int8-quanto"}
-    failed(server, saving("comfyui", loader=loader), "2", ("The weights of the MODEL", "another library", "bf16"))
-    loader = {"1.text_encoder_precision": "int8-quanto"}
-    failed(server, saving("comfyui", loader=loader), "2", ("The weights of the CLIP", "another library", "bf16"))
+    failed(server, saving("comfyui", loader=loader), "2", ("The transformer", *words))
+    failed(server, saving("comfyui", loader={"1.text_encoder_precision": "int8-quanto"}), "2", ("text_encoder", *words))
     assert written(models) == []
     check_alive(server)

@@ -1,6 +1,6 @@
 """Backend objects of the demo checkpoint, in this process, on the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +38,14 @@ def loaded(comfy_dir: Path) -> Callable[[str], tuple[Any, Any, Any]]:
         return parts[engine]
 
     return load
+
+
+@pytest.fixture
+def models(comfy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty models folder of ComfyUI."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    for kind in ("longcat_image", "diffusion_models", "text_encoders", "vae"):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
+    yield tmp_path

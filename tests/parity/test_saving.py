@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,63 +11,7 @@ from safetensors.torch import load_file
 
 from longcat_pack.longcat_backend import checkpoints, layouts, single_files, verification
 from longcat_pack.longcat_backend.errors import LongCatError
-
-TOKENIZER = Path("no tokenizer is needed from elsewhere")
-Save = Callable[..., str]
-
-
-@pytest.fixture
-def models(comfy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty models folder of ComfyUI."""
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
-    for kind in ("longcat_image", "diffusion_models", "text_encoders", "vae"):
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
-    yield tmp_path
-
-
-def load(
-    checkpoint: checkpoints.Checkpoint, engine: str = "core", model: str = "bf16", encoder: str = "bf16"
-) -> tuple[Any, Any, Any]:
-    from longcat_pack.longcat_backend.comfy_bridge import loading, vae
-
-    encoder_parts = loading.load_encoder(checkpoint, encoder)
-    return loading.load_model(checkpoint, engine, model), encoder_parts, vae.load(checkpoint)
-
-
-def save(parts: tuple[Any, Any, Any], layout: str, precision: str = "keep", **options: Any) -> str:
-    from longcat_pack.longcat_backend.comfy_bridge import saving
-
-    return saving.save(*parts, options.get("name", "mine"), layout, precision, options.get("overwrite", False))
-
-
-def files(models: Path, name: str = "longcat_mine") -> dict[str, Path]:
-    return {
-        "transformer": models / "diffusion_models" / f"{name}.safetensors",
-        "text_encoder": models / "text_encoders" / f"{name}_text_encoder.safetensors",
-        "vae": models / "vae" / f"{name}_vae.safetensors",
-    }
-
-
-def saved(models: Path, layout: str) -> checkpoints.Checkpoint:
-    if layout == "folder":
-        return checkpoints.open_checkpoint(models / "longcat_image" / "mine")
-    return single_files.open_single_files(files(models), TOKENIZER)
-
-
-def velocity(model: Any) -> torch.Tensor:
-    import comfy.model_management
-
-    comfy.model_management.load_models_gpu([model])
-    generator = torch.Generator().manual_seed(0)
-    latent, text = torch.randn(1, 16, 8, 8, generator=generator), torch.randn(1, 512, 64, generator=generator)
-    with torch.no_grad():
-        return model.model.apply_model(latent, torch.tensor([0.7]), c_crossattn=text)
-
-
-def embeddings(clip: Any) -> torch.Tensor:
-    return clip.encode_from_tokens(clip.tokenize("a red circle, 蓝色"))
+from parity.saved_models import embeddings, files, load, save, saved, velocity
 
 
 @pytest.mark.parametrize("layout", ["folder", "comfyui"])

@@ -10,7 +10,7 @@ import checkpoints_broken as broken
 import pytest
 import torch
 
-from longcat_pack.longcat_backend import checkpoints, flavours, text_encoder, verification
+from longcat_pack.longcat_backend import checkpoints, component_files, flavours, text_encoder, verification
 from longcat_pack.longcat_backend.errors import LongCatError
 
 
@@ -67,7 +67,7 @@ def test_a_file_that_may_not_be_read_is_named(sound: Path, tmp_path: Path, monke
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoints, "safe_open", refuse)
+    monkeypatch.setattr(component_files, "safe_open", refuse)
     with pytest.raises(LongCatError, match=r"vae/diffusion_pytorch_model\.safetensors.*Permission denied"):
         checkpoints.open_checkpoint(sound).weights("vae")
     monkeypatch.setattr(Path, "read_text", refuse)
@@ -79,8 +79,8 @@ def test_a_file_that_may_not_be_read_is_named(sound: Path, tmp_path: Path, monke
 def test_shards_hold_the_same_weights(sound: Path, tmp_path: Path) -> None:
     folder = broken.copy(sound, tmp_path / "Sharded")
     broken.sharded(folder)
-    single = checkpoints.read_weights(sound / "transformer")
-    shards = checkpoints.read_weights(folder / "transformer")
+    single = component_files.read_weights(sound / "transformer")
+    shards = component_files.read_weights(folder / "transformer")
     assert single.keys() == shards.keys()
     assert all(torch.equal(single[key], shards[key]) for key in single)
 
@@ -89,7 +89,7 @@ def test_two_weight_files_without_an_index_are_named(sound: Path, tmp_path: Path
     folder = broken.copy(sound, tmp_path / "Two")
     shutil.copy(folder / broken.WEIGHTS["vae"], folder / "vae" / "second.safetensors")
     with pytest.raises(LongCatError, match=r"found 2.*second\.safetensors"):
-        checkpoints.read_weights(folder / "vae")
+        component_files.read_weights(folder / "vae")
 
 
 def test_the_list_has_the_names_that_resolve(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longcat_pack.longcat_backend import checkpoints, layouts
+from longcat_pack.longcat_backend import checkpoints, component_files, layouts
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -20,12 +20,12 @@ def sound(pack_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def transformer(sound: Path) -> Tensors:
-    return checkpoints.read_weights(sound / "transformer")
+    return component_files.read_weights(sound / "transformer")
 
 
 @pytest.fixture(scope="module")
 def vae(sound: Path) -> Tensors:
-    return checkpoints.read_weights(sound / "vae")
+    return component_files.read_weights(sound / "vae")
 
 
 def assert_same(found: Tensors, expected: Tensors) -> None:

@@ -30,11 +30,6 @@ class Outlines:
     tensors: Mapping[str, torch.Tensor]  # without their values
     packed: Mapping[str, str]  # the quantised layers, by their names in the model, to the names of their presets
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights that are not quantised; quantised ones compute in it."""
-        return next(value.dtype for key, value in self.tensors.items() if _LEAF not in key)
-
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of one component folder: a single safetensors file, or the shards that its index names.

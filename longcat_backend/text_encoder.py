@@ -184,10 +184,11 @@ def _load_quantised(
     outlines: Outlines,
 ) -> TextEncoder:
     weights = {name: stored[key] for name, key in language_keys(stored).items()}
-    model.embed_tokens = HostEmbedding(weights.pop("embed_tokens.weight"), outlines.dtype)
+    dtype = stored_dtype(outlines)
+    model.embed_tokens = HostEmbedding(weights.pop("embed_tokens.weight"), dtype)
     quantised_state.load_quantised(model, "text_encoder", weights, outlines.packed, torch.device("cpu"))
     _compute_buffers(model, model.config)
-    return TextEncoder(model.eval(), tokenizer, outlines.dtype)
+    return TextEncoder(model.eval(), tokenizer, dtype)
 
 
 def empty_text_model(config: Mapping[str, Any]) -> Qwen2_5_VLTextModel:
@@ -222,6 +223,11 @@ def audited_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
         held = {name: outlines.tensors[key] for name, key in language_keys(outlines.tensors).items()}
         quantised_state.audit_quantised(model, "text_encoder", held, outlines.packed)
     return expected
+
+
+def stored_dtype(outlines: Outlines) -> torch.dtype:
+    """The dtype of the decoder's weights that are not quantised in a file; its layers compute in it."""
+    return outlines.tensors[language_keys(outlines.tensors)["norm.weight"]].dtype
 
 
 def language_keys(keys: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from . import flow, latents, quantisation, quantised_state, rotary
 from .checkpoints import Checkpoint, audit, build, shapes
+from .component_files import Outlines
 from .modulation import ModulationTable
 from .precision import Preset
 from .quantisation import Progress
@@ -141,6 +142,11 @@ def load_transformer(
     prepare(transformer)
     transformer.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
     return VelocityModel(transformer.eval().requires_grad_(False), table)
+
+
+def stored_dtype(outlines: Outlines) -> torch.dtype:
+    """The dtype of the weights that are not quantised in a file of the transformer; its layers compute in it."""
+    return outlines.tensors["x_embedder.weight"].dtype
 
 
 def load_quantised_transformer(

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _LOSSY = "int8"  # the one that both the core engine and the encoder have kernels for on most cards
 _PARTS = ("transformer", "text_encoder")
 _SHAPES = {"transformer": transformer.audited_shapes, "text_encoder": text_encoder.audited_shapes}
+_DTYPES = {"transformer": transformer.stored_dtype, "text_encoder": text_encoder.stored_dtype}
 
 
 def settled(checkpoint: Checkpoint, component: str, name: str, engine: str = precision.AUTO) -> str:
@@ -60,14 +61,15 @@ def dtype(checkpoint: Checkpoint, component: str, chosen: Preset, policy: Device
     outlines = checkpoint.packed(component)
     if outlines is None:
         return chosen.dtype or policy.compute_dtype(component)
-    if not policy.holds(outlines.dtype):
-        stored = str(outlines.dtype).removeprefix("torch.")
+    held = _DTYPES[component](outlines)
+    if not policy.holds(held):
+        stored = str(held).removeprefix("torch.")
         raise LongCatError(
             f"The {component} of this checkpoint is quantised beside weights in {stored}, which this device "
             f"({policy.device}) cannot hold. Choose the checkpoint that this one was made from.",
             f"此检查点的 {component} 含有 {stored} 权重，此设备（{policy.device}）无法存放。请使用它的来源检查点。",
         )
-    return outlines.dtype
+    return held
 
 
 def engine(chosen: str, precision_name: str, offload: GroupOffload | None) -> str:
@@ -131,7 +133,7 @@ def _weigh(checkpoint: Checkpoint, part: str, known: Preset, tabulate: bool) -> 
     if outlines is None:
         return memory.weigh(checkpoint.shapes(part), part, known, _stored_dtype(checkpoint, part), tabulate)
     stored = quantised_state.stored_preset(checkpoint, part) or known
-    return memory.weigh(_SHAPES[part](checkpoint), part, stored, outlines.dtype, tabulate)
+    return memory.weigh(_SHAPES[part](checkpoint), part, stored, _DTYPES[part](outlines), tabulate)
 
 
 def _stored_dtype(checkpoint: Checkpoint, part: str) -> torch.dtype:

@@ -12,6 +12,8 @@ from ..transformer import VelocityModel, load_quantised_transformer, load_transf
 def check(checkpoint: Checkpoint, base_precision: str) -> None:
     """Refuse a base precision other than that in which the checkpoint holds the transformer quantised.
 
+    To be called early: everything is encoded before :func:`load_base` would refuse it.
+
     Raises:
         LongCatError: it is another one.
     """
@@ -30,10 +32,8 @@ def load_base(
         progress: called with (layers quantised, layers in all).
 
     Raises:
-        LongCatError: see :func:`check`, :func:`transformer.load_transformer` and
-            :func:`transformer.load_quantised_transformer`.
+        LongCatError: see :func:`transformer.load_transformer` and :func:`transformer.load_quantised_transformer`.
     """
-    check(checkpoint, base_precision)
     preset = precision.PRESETS[base_precision]
     with torch.inference_mode(False):
         if not preset.backend:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -181,6 +182,76 @@ def test_training_takes_the_base_as_the_file_holds_it(models: Path, source: chec
     for other in ("bf16", "int4-quanto"):
         with pytest.raises(LongCatError, match="stored in int8-quanto, and can be used in that precision only"):
             base.load_base(again, other, CPU)
+
+
+def test_training_refuses_another_base_precision_before_it_encodes(
+    models: Path, source: checkpoints.Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longcat_pack.longcat_backend.comfy_bridge import training, training_request
+    from longcat_pack.longcat_backend.training import headless
+
+    def encoded(*args: Any) -> None:
+        raise AssertionError("hours of work before the refusal")
+
+    model, clip, vae = load(source, "auto", "int8-quanto")
+    save((model, clip, vae), "folder")
+    settings = SimpleNamespace(base_precision="bf16")
+    config = SimpleNamespace(notes=(), checkpoint=models / "longcat_image" / "mine", settings=settings)
+    monkeypatch.setattr(headless, "_dataset", encoded)
+    monkeypatch.setattr(training_request, "require_task", encoded)
+    with pytest.raises(LongCatError, match="stored in int8-quanto"):
+        headless.train(cast(Any, config), CPU, lambda: False)
+    again = load(saved(models, "folder"), "auto", "auto")[0]
+    with pytest.raises(LongCatError, match="stored in int8-quanto"):
+        training.train(again, clip, vae, cast(Any, None), cast(Any, SimpleNamespace(settings=settings)))
+
+
+def test_the_compute_dtype_is_that_of_the_file(
+    models: Path, source: checkpoints.Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longcat_pack.longcat_backend.comfy_bridge import auto
+    from longcat_pack.longcat_backend.devices import DevicePolicy
+
+    with monkeypatch.context() as patch:
+        patch.setattr(auto, "dtype", lambda *args: torch.bfloat16)
+        parts = load(source, "auto", "int8-quanto", "int8-quanto")
+    save(parts, "folder")
+    model, clip, _ = load(saved(models, "folder"), "auto", "auto", "auto")
+    assert model.model.diffusion_model.dtype == clip.cond_stage_model.encoder.dtype == torch.bfloat16
+    assert torch.equal(velocity(model), velocity(parts[0]))
+    assert torch.equal(embeddings(clip), embeddings(parts[1]))
+    monkeypatch.setattr(DevicePolicy, "holds", lambda self, dtype: dtype != torch.bfloat16)
+    for at in (0, 1):
+        with pytest.raises(LongCatError, match="quantised beside weights in bfloat16, which this device"):
+            load_one(at, saved(models, "folder"))
+
+
+def load_one(place: int, checkpoint: checkpoints.Checkpoint) -> Any:
+    from longcat_pack.longcat_backend.comfy_bridge import loading
+
+    return loading.load_encoder(checkpoint, "auto") if place else loading.load_model(checkpoint, "auto", "auto")
+
+
+def test_auto_counts_a_quantised_part_as_it_is_stored(
+    models: Path, source: checkpoints.Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longcat_pack.longcat_backend import memory
+
+    save(load(source, "auto", "int4-quanto"), "folder")
+    weighed = []
+    weigh = memory.weigh
+
+    def note(shapes: Any, part: str, preset: precision.Preset, *args: Any) -> memory.Weights:
+        weights = weigh(shapes, part, preset, *args)
+        weighed.append((part, preset.name, weights.total))
+        return weights
+
+    monkeypatch.setattr(memory, "weigh", note)
+    load_one(1, saved(models, "folder"))
+    stored = sum(value.nbytes for value in load_file(weights(models)).values())
+    sizes = {total for part, name, total in weighed if part == "transformer" and name == "int4-quanto"}
+    assert {name for part, name, _ in weighed if part == "transformer"} == {"int4-quanto"}
+    assert len(sizes) == 1 and 0.8 < sizes.pop() / stored <= 1  # the scales are not counted
 
 
 def test_a_file_that_contradicts_its_map_is_refused(models: Path, source: checkpoints.Checkpoint) -> None:

@@ -209,7 +209,7 @@ def test_training_refuses_another_base_precision_before_it_encodes(
 def test_the_compute_dtype_is_that_of_the_file(
     models: Path, source: checkpoints.Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longcat_pack.longcat_backend.comfy_bridge import auto
+    from longcat_pack.longcat_backend.comfy_bridge import auto, devices
     from longcat_pack.longcat_backend.devices import DevicePolicy
 
     with monkeypatch.context() as patch:
@@ -220,6 +220,10 @@ def test_the_compute_dtype_is_that_of_the_file(
     assert model.model.diffusion_model.dtype == clip.cond_stage_model.encoder.dtype == torch.bfloat16
     assert torch.equal(velocity(model), velocity(parts[0]))
     assert torch.equal(embeddings(clip), embeddings(parts[1]))
+    preset = precision.PRESETS["int8-quanto"]
+    for part in ("transformer", "text_encoder"):
+        assert auto.dtype(saved(models, "folder"), part, preset, devices.policy()) is torch.bfloat16
+        assert auto.dtype(source, part, preset, devices.policy()) is torch.float32
     monkeypatch.setattr(DevicePolicy, "holds", lambda self, dtype: dtype != torch.bfloat16)
     for at in (0, 1):
         with pytest.raises(LongCatError, match="quantised beside weights in bfloat16, which this device"):
@@ -271,7 +275,7 @@ def test_a_file_that_contradicts_its_map_is_refused(models: Path, source: checkp
         (stored, "[]", "damaged"),
         (stored, '{"x": 1}', "damaged"),
         (stored, "{}", "stored as I8, which is a quantised or foreign format"),
-        (stored, json.dumps({**layers, one: "int2-quanto"}), "'int2-quanto', 'int8-quanto'"),
+        (stored, json.dumps({**layers, one: "int4-quanto"}), "'int4-quanto', 'int8-quanto'"),
         (stored, json.dumps(dict.fromkeys(layers, "fp8")), "'fp8', which this pack cannot load"),
         (stored, json.dumps({**layers, "nowhere": "int8-quanto"}), "layer 'nowhere'"),
         (less, json.dumps(layers), f"1 missing: {one}.weight._scale"),

@@ -82,6 +82,26 @@ def test_every_base_precision_is_trained_beside(name: str, device: torch.device,
     assert float(ups(other).abs().max()) > 0
 
 
+@pytest.mark.parametrize("name", ["int8-quanto", "fp8-torchao"])
+def test_compiled_blocks_learn_beside_a_quantised_base(name: str, device: torch.device, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, base_precision=name)
+    plain = train(tmp_path / "plain", device, torch.bfloat16, settings)
+    compiled = dataclasses.replace(settings, compile=True)
+    other = train(tmp_path / "compiled", device, torch.bfloat16, compiled)
+    assert [loss for _, loss in other.losses] == pytest.approx([loss for _, loss in plain.losses], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8-quanto"])
+def test_the_modulation_table_does_not_change_what_is_learnt(name: str, device: torch.device, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, base_precision=name, batch=1)
+    found = [
+        train(tmp_path / str(table), device, torch.bfloat16, dataclasses.replace(settings, modulation_table=table))
+        for table in (False, True)
+    ]
+    assert found[1].losses[0] == found[0].losses[0]  # later ones pass through sums in any order
+    assert [loss for _, loss in found[1].losses] == pytest.approx([loss for _, loss in found[0].losses], rel=1e-3)
+
+
 def test_an_offloaded_model_has_its_linear_layers_off_the_device(device: torch.device, tmp_path: Path) -> None:
     model = tiny.velocity_model()
     settings = dataclasses.replace(SETTINGS, offload="block", steps=2, targets="attention")

@@ -31,12 +31,16 @@ def shapes() -> dict[str, Any]:
     return {key: value.shape for key, value in empty_transformer(CONFIG).state_dict().items()}
 
 
+def rows_of(pack_dir: Path, result: str) -> list[dict[str, Any]]:
+    """The rows that were measured, of a result file."""
+    text = (pack_dir / "benchmarks" / "results" / result).read_text(encoding="utf-8")
+    return [row for row in json.loads(text)["rows"] if "failed" not in row]
+
+
 def test_the_estimate_is_what_was_measured(shapes: dict[str, Any], pack_dir: Path) -> None:
     """Every row of the benchmark of the pack's own trainer that keeps its weights on the device."""
-    measured = json.loads((pack_dir / "benchmarks" / "results" / "training.json").read_text(encoding="utf-8"))
-    rows = [
-        row for row in measured["rows"] if row["loop"] == "ours" and row["offload"] == "none" and "failed" not in row
-    ]
+    measured = rows_of(pack_dir, "training.json") + rows_of(pack_dir, "training_table.json")
+    rows = [row for row in measured if row["loop"] == "ours" and row["offload"] == "none"]
     assert len(rows) >= 10
     for row in rows:
         options = {name: row[name] for name in ("checkpointing", "base_precision", "modulation_table")}
@@ -75,27 +79,26 @@ def test_advice_names_the_cheapest_change_that_fits(free: int, told: str, shapes
     assert told in estimate.fitting(CONFIG, shapes, settings, SIZE, free * GIB)
 
 
-ROW = re.compile(
-    r"^\| (bf16|int8-quanto|diffusers \+ peft), (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.M
-)
+TABLE = re.compile(r"^\| (?:settings|设置) \| 1024.*\n\|[-|]+\n((?:\|.*\n)+)", re.M)
+
+
+def told(row: dict[str, Any]) -> tuple[str, str, list[str]]:
+    """A measured row as a README writes it: settings, size and figures."""
+    base = "diffusers + peft" if row["loop"] == "plain" else row["base_precision"]
+    words = [row["checkpointing"] if row["loop"] == "plain" else f"checkpointing {row['checkpointing']}"]
+    words += ["compile"] * row["compile"] + ["modulation_table"] * row["modulation_table"]
+    words += [f"offload {row['offload']}"] * (row["offload"] != "none")
+    return ", ".join([base, *words]), str(row["size"]), [f"{row['s_per_step']:.3f}", f"{row['allocated_gib']:.1f}"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
 def test_the_readmes_figures_of_training_are_measured_ones(name: str, pack_dir: Path) -> None:
-    measured = json.loads((pack_dir / "benchmarks" / "results" / "training.json").read_text(encoding="utf-8"))["rows"]
-    rows = ROW.findall((pack_dir / name).read_text(encoding="utf-8"))
-    assert len(rows) == 9
-    for base, words, *figures in rows:
-        parts = words.removeprefix("checkpointing ").split(", ")
-        wanted = {
-            "loop": "plain" if base.startswith("diffusers") else "ours",
-            "base_precision": "int8-quanto" if base == "int8-quanto" else "bf16",
-            "checkpointing": parts[0],
-            "compile": "compile" in parts,
-            "offload": "block" if "offload block" in parts else "none",
-        }
-        found = [row for row in measured if wanted.items() <= row.items()]
-        told = [
-            f"{row['s_per_step']:.3f} {row['allocated_gib']:.1f}" for row in sorted(found, key=lambda row: -row["size"])
-        ]
-        assert told == [" ".join(figures[:2]), " ".join(figures[2:])], words
+    """The first table is of training_table.json, the second of training.json."""
+    tables = TABLE.findall((pack_dir / name).read_text(encoding="utf-8"))
+    assert [table.count("\n") for table in tables] == [2, 9]
+    for table, result in zip(tables, ("training_table.json", "training.json"), strict=True):
+        measured = {(settings, size): figures for settings, size, figures in map(told, rows_of(pack_dir, result))}
+        for line in table.splitlines():
+            settings, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+            for size, shown in (("1024", figures[:2]), ("512", figures[2:])):
+                assert shown == measured.get((settings, size), ["–", "–"]), line

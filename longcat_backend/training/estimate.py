@@ -1,7 +1,7 @@
 """What a run will need on the device, before its first step, and which change would make it fit.
 
 Weights, adapters and optimiser are counted. What a forward keeps for the backward pass is a multiple of the tokens,
-measured at full size (benchmarks/results/training.json, rank 16 beside the 100 attention layers); what more targets
+measured at full size (benchmarks/results/training*.json, rank 16 beside the 100 attention layers); what more targets
 keep on top of that is counted from the inputs of their layers.
 """
 

@@ -91,7 +91,6 @@ class _Table(nn.Module):
             first += layer.out_features
         self._places = {timestep: place for place, timestep in enumerate(timesteps.tolist())}
 
-    @torch.compiler.disable
     def forward(self, timestep: torch.Tensor, hidden_dtype: torch.dtype) -> torch.Tensor:
         """Rows (batch, columns of all modulation layers) of timesteps (batch,) as the model gets them, times 1000."""
         places = [self._places.get(each) for each in timestep.tolist()]

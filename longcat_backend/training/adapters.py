@@ -54,17 +54,21 @@ class Adapters:
     @torch.no_grad()
     def publish(self, weights: Sequence[torch.Tensor] | None = None) -> None:
         """Give the layers the masters, or other weights of the same shapes, rounded to their dtype."""
-        for parameter, value in zip(self.live(), weights or self.masters, strict=True):
-            parameter.copy_(value)
+        torch._foreach_copy_(self.live(), list(weights or self.masters))
 
     @torch.no_grad()
     def collect(self) -> None:
         """Add the layers' gradients to those of the masters, and forget them."""
-        for parameter, master in zip(self.live(), self.masters, strict=True):
-            if parameter.grad is None:
-                continue
-            gradient = parameter.grad.float()
-            master.grad = gradient.clone() if master.grad is None else master.grad.add_(gradient)
+        found = [pair for pair in zip(self.live(), self.masters, strict=True) if pair[0].grad is not None]
+        added = [(master.grad, parameter.grad) for parameter, master in found if master.grad is not None]
+        if added:
+            torch._foreach_add_(*map(list, zip(*added, strict=True)))
+        first = [(parameter, master) for parameter, master in found if master.grad is None]
+        for _, master in first:
+            master.grad = torch.empty_like(master)
+        if first:
+            torch._foreach_copy_([master.grad for _, master in first], [parameter.grad for parameter, _ in first])
+        for parameter, _ in found:
             parameter.grad = None
 
     def forget_gradients(self) -> None:

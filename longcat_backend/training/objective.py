@@ -108,11 +108,11 @@ def _alike(samples: Sequence[Sample]) -> Iterable[list[int]]:
 
 
 def _forward(model: nn.Module, samples: Sequence[Sample], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    noisy = torch.stack([each.noisy for each in samples]).to(device, dtype)
+    noisy = torch.stack([each.noisy for each in samples]).to(device).to(dtype)  # converted where that is quick
     sigma = torch.tensor([each.sigma for each in samples], device=device)
-    text = torch.stack([each.text for each in samples]).to(device, dtype)
+    text = torch.stack([each.text for each in samples]).to(device).to(dtype)
     given = [each.reference for each in samples if each.reference is not None]
-    references = (torch.stack(given).to(device, dtype),) if given else ()
+    references = (torch.stack(given).to(device).to(dtype),) if given else ()
     wanted = torch.stack([each.velocity for each in samples]).to(device)
     errors = (model(noisy, sigma, text, references).float() - wanted).square()
     return torch.stack([_weighted(error, each.mask) for error, each in zip(errors, samples, strict=True)])

@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +19,8 @@ from .draws import Cursor, draw
 from .objective import Sample, Shift
 from .settings import TrainSettings
 from .state import State
+
+Batches = Sequence[Sequence[int]]
 
 
 class Data(preservation.Data, Protocol):
@@ -69,6 +74,7 @@ class Run:
         self.optimiser = optimisers.make(settings, adapters.masters)
         self.average = optimisers.Average(adapters.masters, settings.ema) if settings.ema else None
         self._accelerator = _accelerator(device)
+        self._ahead: tuple[tuple[int, Batches], list[list[Sample]]] | None = None  # step, batches and their samples
 
     @property
     def weights(self) -> Sequence[torch.Tensor]:
@@ -101,7 +107,7 @@ class Run:
         group = self.optimiser.param_groups[0]
         return float(group["lr"]) * float(group.get("d", 1.0))
 
-    def gradients(self, batches: Sequence[Sequence[int]]) -> tuple[float, float]:
+    def gradients(self, batches: Batches) -> tuple[float, float]:
         """Leave the gradient of the mean loss over all samples of some batches in the masters.
 
         With preservation, as many of its points follow each batch, in a forward of their own, so that a step needs no
@@ -111,28 +117,47 @@ class Run:
             The mean loss of the pictures, and that of the points, without its weight.
         """
         total = sum(len(batch) for batch in batches)
-        mean, kept, place = 0.0, 0.0, 0
-        for batch in batches:
-            places = range(place, place + len(batch))
-            mean += self._backward([self._sample(*each) for each in zip(batch, places, strict=True)], total)
+        losses, kept, place = [], [], 0
+        for samples in self._samples(batches):
+            losses.append(self._backward(samples, total))
             if self.preserved:
-                points = [self.preserved.choose(self.step + 1, place) for place in places]
-                kept += self._backward(points, total, self.settings.preservation_weight)
-            place += len(batch)
-        return mean, kept
+                points = [self.preserved.choose(self.step + 1, place + number) for number in range(len(samples))]
+                kept.append(self._backward(points, total, self.settings.preservation_weight))
+            place += len(samples)
+        self._look_ahead()
+        return sum(loss.item() for loss in losses), sum(loss.item() for loss in kept)
 
-    def _sample(self, index: int, place: int) -> Sample:
+    def _samples(self, batches: Batches) -> list[list[Sample]]:
+        """Of the step that comes; from the look ahead where that was for these batches."""
+        wanted, ahead = (self.step + 1, batches), self._ahead
+        self._ahead = None
+        return ahead[1] if ahead and ahead[0] == wanted else self._made(*wanted)
+
+    def _made(self, step: int, batches: Batches) -> list[list[Sample]]:
+        places = count()
+        return [[self._sample(step, index, next(places)) for index in batch] for batch in batches]
+
+    def _look_ahead(self) -> None:
+        """Read and mix the samples of the next step; a device other than the CPU is still busy with this one."""
+        if self.step + 1 >= self.settings.steps:
+            return
+        cursor = copy(self.cursor)
+        wanted = self.step + 2, [cursor.take() for _ in range(self.settings.accumulation)]
+        with suppress(LongCatError):  # which comes again when the samples are needed
+            self._ahead = wanted, self._made(*wanted)
+
+    def _sample(self, step: int, index: int, place: int) -> Sample:
         example = self.data[index]
-        chance = draw(example.latent.shape, self.settings.seed, self.step + 1, place)
+        chance = draw(example.latent.shape, self.settings.seed, step, place)
         return objective.sample(example, chance, self.shift, self.data.dropout)
 
-    def _backward(self, samples: Sequence[Sample], total: int, weight: float = 1.0) -> float:
+    def _backward(self, samples: Sequence[Sample], total: int, weight: float = 1.0) -> torch.Tensor:
         """Add the gradient of these samples' part in a mean over ``total``, times the weight; that part itself."""
         with engine.attention(self.device):
             loss = objective.losses(self.model, samples, self.model.dtype, self.device).sum() / total
             self._accelerator.backward(loss * weight)
         self.adapters.collect()
-        return float(loss.item())
+        return loss.detach()
 
     def _check(self, loss: float, indices: Sequence[int]) -> None:
         norm = optimisers.clip(self.adapters.masters, self.settings.clip)

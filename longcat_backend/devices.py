@@ -42,12 +42,6 @@ class DevicePolicy:
     bf16_storage: bool  # tensors of it can exist there
     float64: bool
     products: frozenset[str]  # the formats of presets that it multiplies in, see precision.Preset.format
-    non_blocking: bool  # copies that do not wait are correct and worth it
-
-    @property
-    def pinned(self) -> bool:
-        """Whether page-locked host memory speeds up copies to the device."""
-        return self.kind in ("cuda", "rocm") and self.non_blocking
 
     def compute_dtype(self, component: str) -> torch.dtype:
         """The dtype that the device computes a component in, if nothing else is asked for: bf16 where it can.

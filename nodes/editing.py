@@ -103,7 +103,7 @@ class LongCatEditEncode(io.ComfyNode):
     ) -> io.NodeOutput:
         """Encode picture and prompts."""
         sides = (size["width"], size["height"]) if size["size"] == CUSTOM else None
-        encoded = editing_bridge.encode_and_report(clip, vae, image, prompt, negative_prompt, sides, normalise_quotes)
+        encoded = editing_bridge.encode(clip, vae, image, prompt, negative_prompt, sides, normalise_quotes)
         return io.NodeOutput(*encoded)
 
 

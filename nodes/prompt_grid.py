@@ -10,6 +10,7 @@ from ..longcat_backend.comfy_bridge import prompt_grid
 from ..longcat_backend.errors import LongCatError
 from .latents import CUSTOM, check_sides, side_input
 from .loading import CATEGORY
+from .sampling import guidance_input, steps_input
 
 NO_LORA = "none"
 
@@ -43,17 +44,8 @@ class LongCatPromptGrid(io.ComfyNode):
                     tooltip="Size of each picture. With an image to edit, every choice but custom means one megapixel "
                     "in the image's own ratio.",
                 ),
-                io.Int.Input(
-                    "steps", default=50, min=1, max=1000, tooltip="Sampling steps: 50 officially, 8 for edit-turbo."
-                ),
-                io.Float.Input(
-                    "guidance",
-                    default=4.5,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    tooltip="Guidance scale: 4 to 5 officially. 1 and less is off and twice as fast.",
-                ),
+                steps_input(),
+                guidance_input(),
                 io.Combo.Input(
                     "lora",
                     options=[NO_LORA, *folder_paths.get_filename_list("loras")],

@@ -18,9 +18,22 @@ def _model_input() -> io.Model.Input:
     return io.Model.Input("model", tooltip="A LongCat-Image MODEL.")
 
 
-def _steps_input() -> io.Int.Input:
+def steps_input() -> io.Int.Input:
+    """Sampling steps."""
     return io.Int.Input(
         "steps", default=50, min=1, max=MAX_STEPS, tooltip="Sampling steps: 50 officially, 8 for edit-turbo."
+    )
+
+
+def guidance_input() -> io.Float.Input:
+    """Guidance scale."""
+    return io.Float.Input(
+        "guidance",
+        default=4.5,
+        min=0.0,
+        max=20.0,
+        step=0.1,
+        tooltip="Guidance scale: 4 to 5 officially. 1 and less is off and twice as fast.",
     )
 
 
@@ -70,7 +83,7 @@ class LongCatSchedule(io.ComfyNode):
             inputs=[
                 _model_input(),
                 io.Latent.Input("latent", tooltip="The latent to be sampled; its size sets the shift."),
-                _steps_input(),
+                steps_input(),
                 _denoise_input(),
             ],
             outputs=[io.Sigmas.Output(tooltip="The noise levels from the first step to the last.")],
@@ -160,15 +173,8 @@ class LongCatSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The random seed of the noise.",
                 ),
-                _steps_input(),
-                io.Float.Input(
-                    "guidance",
-                    default=4.5,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    tooltip="Guidance scale: 4 to 5 officially. 1 and less is off and twice as fast.",
-                ),
+                steps_input(),
+                guidance_input(),
                 *_renorm_inputs(),
                 _denoise_input(),
                 io.Boolean.Input(

@@ -42,6 +42,7 @@ DRAWS = 100  # of one of 4 clauses and one of 4 pairs of quotes
 REQUESTS = {"en": "a small red star", "zh": "左边的蓝色圆形"}
 PHASES = ("7:64:256", "30000:512:128:decay", "9:64:8:decay:90s", "9:64:8:1.5s")
 EDIT_PHASES = ("160.5:64:192", "190:512:96:decay")
+MISSPELT = ("7:64:256:decays", "7:64:256:dekay", "7:64:256:90s:decay", "7:64", "7:64:256:")
 
 
 def longest_captions(tokenizer: Any) -> Iterator[str]:
@@ -66,6 +67,15 @@ def all_instructions() -> list[str]:
     return list(dict.fromkeys(text for edit in edits for lang in LANGUAGES for text in instructions(edit, lang)))
 
 
+def refusal(kind: type[Phase] | type[EditPhase], text: str) -> str:
+    """What is said of a text that is no phase; empty if it is taken for one."""
+    try:
+        kind.parse(text)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @torch.no_grad()
 def main(out: Path) -> None:
     """Write facts.json, embeddings.safetensors and the folder `saved`."""
@@ -81,6 +91,7 @@ def main(out: Path) -> None:
         "ids": {text: built(text, add_special_tokens=False)["input_ids"] for text in (*PROMPTS, *all_instructions())},
         "phases": {text: asdict(Phase.parse(text)) for text in PHASES},
         "edit phases": {text: asdict(EditPhase.parse(text)) for text in EDIT_PHASES},
+        "misspelt": {text: [refusal(kind, text) for kind in (Phase, EditPhase)] for text in MISSPELT},
         "questions": {
             language: [*c.instruction.tolist(), *c.ids[0, : c.starts[0]].tolist()]
             for language, c in conversations.items()

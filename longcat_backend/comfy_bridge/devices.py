@@ -23,7 +23,6 @@ def policy(device: torch.device | None = None) -> DevicePolicy:
         bf16_storage=not (kind == "other" or (kind == "mps" and host.mac_version() < _MACOS_WITH_BF16)),
         float64=bool(host.supports_fp64(chosen)),
         products=_products(chosen, kind),
-        non_blocking=kind != "cpu" and bool(host.device_supports_non_blocking(chosen)),
     )
 
 

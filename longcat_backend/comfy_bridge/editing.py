@@ -43,18 +43,6 @@ def encode(
     prompt: str,
     negative_prompt: str,
     size: tuple[int, int] | None = None,
-) -> tuple[list[Any], list[Any], dict[str, Any]]:
-    """As :func:`encode_and_report`, without the report."""
-    return encode_and_report(clip, vae, image, prompt, negative_prompt, size)[:3]
-
-
-def encode_and_report(
-    clip: comfy.sd.CLIP | None,
-    vae: comfy.sd.VAE | None,
-    image: Any,
-    prompt: str,
-    negative_prompt: str,
-    size: tuple[int, int] | None = None,
     normalise_quotes: bool = False,
 ) -> tuple[list[Any], list[Any], dict[str, Any], str]:
     """CONDITIONING of prompt and negative prompt, both with the picture, the picture as the LATENT to edit, a report.

@@ -189,7 +189,10 @@ def _conditionings(
                 f"接入了 {len(image)} 张图像。请只接入一张；批次可分多个网格编辑。",
             )
         for prompt in prompts:
-            yield editing.encode(clip, vae, image, prompt, settings.negative_prompt, settings.size)
+            positive, negative, latent, _ = editing.encode(
+                clip, vae, image, prompt, settings.negative_prompt, settings.size
+            )
+            yield positive, negative, latent
         return
     width, height = settings.size or (1024, 1024)
     negative, _ = clip_bridge.encode(clip, settings.negative_prompt)

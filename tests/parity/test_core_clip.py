@@ -118,8 +118,8 @@ def test_cores_clip_gives_the_same_conditioning(
     from longcat_pack.longcat_backend.comfy_bridge import editing
 
     given = (vae, image(*size), prompt, "", (160, 112), True)
-    expected, _, _, report = editing.encode_and_report(ours, *given)
-    found, _, latent, found_report = editing.encode_and_report(core, *given)
+    expected, _, _, report = editing.encode(ours, *given)
+    found, _, latent, found_report = editing.encode(core, *given)
     assert found_report == report
     assert found[0][0].shape == expected[0][0].shape
     assert relative_error(found[0][0], expected[0][0]) <= TOLERANCE

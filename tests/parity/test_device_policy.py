@@ -47,7 +47,6 @@ def test_a_hopper_card(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (policy.device, policy.kind, policy.products) == (device, "cuda", {*KITCHEN, BY_ROW})
     assert policy.compute_dtype("transformer") == torch.bfloat16
     assert policy.holds(torch.float64)
-    assert policy.pinned
 
 
 def test_a_turing_card(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +89,6 @@ def test_an_intel_card(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = devices.policy()
     assert (policy.kind, policy.products) == ("xpu", set())
     assert not policy.holds(torch.float64)  # ComfyUI: cards for desktops have none
-    assert (policy.non_blocking, policy.pinned) == (False, False)
 
 
 def test_directml_has_neither_bf16_nor_float8(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +101,6 @@ def test_directml_has_neither_bf16_nor_float8(gpu: Any, monkeypatch: pytest.Monk
 
 def test_the_cpu(comfy_dir: Any) -> None:
     policy = devices.policy(torch.device("cpu"))
-    assert (policy.kind, policy.products, policy.non_blocking) == ("cpu", set(), False)
+    assert (policy.kind, policy.products) == ("cpu", set())
     assert policy.compute_dtype("transformer") == policy.compute_dtype("text_encoder") == torch.float32
     assert all(policy.holds(dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float64))

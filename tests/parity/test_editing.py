@@ -85,7 +85,7 @@ def encode(loaded: Loaded, image: torch.Tensor, size: tuple[int, int], prompt: s
     from longcat_pack.longcat_backend.comfy_bridge import editing as bridge
 
     _, clip, vae = loaded("core")
-    return bridge.encode(clip, vae, image, prompt, NEGATIVE, editing.canvas_size(*size, AREA))
+    return bridge.encode(clip, vae, image, prompt, NEGATIVE, editing.canvas_size(*size, AREA))[:3]
 
 
 @pytest.mark.parametrize("index", range(len(official())))

@@ -61,7 +61,7 @@ def edit_conditioning(parts: Parts) -> tuple[Any, Any, dict[str, Any]]:
     from longcat_pack.longcat_backend.comfy_bridge import editing as bridge
 
     image = torch.from_numpy(np.asarray(picture()).astype(np.float32) / 255)[None]
-    return bridge.encode(parts[1], parts[2], image, EDIT_PROMPT, "", editing.canvas_size(*SOURCE, AREA))
+    return bridge.encode(parts[1], parts[2], image, EDIT_PROMPT, "", editing.canvas_size(*SOURCE, AREA))[:3]
 
 
 def text_conditioning(parts: Parts) -> tuple[Any, Any, dict[str, Any]]:

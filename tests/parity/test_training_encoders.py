@@ -61,7 +61,7 @@ def test_instructions_are_encoded_as_edits_are(folder: Path, tmp_path: Path, enc
     own = GraphEncoders(clip, encoders.vae, "test")
     picture = pixels((96, 64))
     image = (picture.movedim(1, -1) + 1) / 2
-    positive, negative, latent, *_ = editing.encode(clip, encoders.vae, image, "make it red", "", (96, 64))
+    positive, negative, latent, _ = editing.encode(clip, encoders.vae, image, "make it red", "", (96, 64))
     assert torch.equal(own.text("make it red", picture), positive[0][0][0])
     assert torch.equal(own.text("", picture), negative[0][0][0])
     config = checkpoint.configs["vae"]

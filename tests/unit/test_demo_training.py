@@ -151,3 +151,10 @@ def test_phases_are_read_from_their_text(facts: dict[str, Any]) -> None:
         "160.5:64:192": {"seconds": 160.5, "slots": 64, "batch": 192, "decay": False},
         "190:512:96:decay": {"seconds": 190.0, "slots": 512, "batch": 96, "decay": True},
     }
+
+
+def test_a_misspelt_phase_is_no_phase(facts: dict[str, Any]) -> None:
+    for text, (phase, edit_phase) in facts["misspelt"].items():
+        assert phase == f"expected steps:slots:batch[:decay][:SECONDSs], got {text!r}"
+        assert edit_phase == f"expected seconds:slots:batch[:decay], got {text!r}"
+    assert len(facts["misspelt"]) == 5

@@ -21,7 +21,6 @@ def device(kind: str, **facts: Any) -> DevicePolicy:
         "bf16_storage": True,
         "float64": kind not in ("mps", "xpu"),
         "products": frozenset({*KITCHEN, "float8_dynamic_rowwise"}) if kind == "cuda" else frozenset(),
-        "non_blocking": kind in ("cuda", "rocm"),
     }
     return DevicePolicy(torch.device("cuda" if kind == "rocm" else kind), kind, **{**known, **facts})
 
@@ -103,8 +102,3 @@ def test_every_component_has_a_preset_on_every_device() -> None:
             for name in supported(device(kind)) & set(presets):
                 device(kind).require(PRESETS[name], presets)
             assert {"bf16", "fp32"} <= supported(device(kind))
-
-
-def test_pinned_memory_only_where_copies_run_beside_the_computation() -> None:
-    assert [kind for kind in KINDS if device(kind).pinned] == ["cuda", "rocm"]
-    assert not device("cuda", non_blocking=False).pinned

@@ -96,7 +96,7 @@ def test_a_batch_edits_each_picture(parts: Any) -> None:
 
     clip, vae = parts
     images = torch.rand(2, 48, 64, 3)
-    positive, negative, latent = bridge.encode(clip, vae, images, "red", "", (64, 48))
+    positive, negative, latent, _ = bridge.encode(clip, vae, images, "red", "", (64, 48))
     assert latent["samples"].shape == (2, 16, 6, 8)
     for index in range(2):
         one = bridge.encode(clip, vae, images[index : index + 1], "red", "", (64, 48))
@@ -196,7 +196,7 @@ def test_an_instruction_gets_the_care_of_a_prompt(parts: Any, caplog: pytest.Log
     def edit(prompt: str, negative: str = "", normalise: bool = False) -> tuple[torch.Tensor, str, str]:
         caplog.clear()
         image = torch.full((1, 32, 32, 3), 0.5)
-        positive, _, _, report = bridge.encode_and_report(*parts, image, prompt, negative, (32, 32), normalise)
+        positive, _, _, report = bridge.encode(*parts, image, prompt, negative, (32, 32), normalise)
         return positive[0][0], report, caplog.text
 
     caplog.set_level(logging.WARNING, "longcat_pack.longcat_backend.comfy_bridge.clip")

@@ -7,21 +7,12 @@ import pytest
 import tiny_training as tiny
 import torch
 
-from longcat_pack.longcat_backend import lora_files
+from longcat_pack.longcat_backend import lora_files, official
 from longcat_pack.longcat_backend.errors import LongCatError
 from longcat_pack.longcat_backend.training import adapters, engine, selfcheck
 from longcat_pack.longcat_backend.transformer import VelocityModel, empty_transformer
 
 CPU = torch.device("cpu")
-FULL_SIZE: dict[str, Any] = {
-    "num_layers": 10,
-    "num_single_layers": 20,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "in_channels": 64,
-    "joint_attention_dim": 3584,
-    "axes_dims_rope": [16, 56, 56],
-}
 
 
 def forward(model: VelocityModel) -> torch.Tensor:
@@ -42,7 +33,7 @@ def learnt(model: VelocityModel, targets: str = "all", rank: int = 3, alpha: flo
 
 @pytest.mark.parametrize(("targets", "count"), [("attention", 100), ("official", 180), ("all", 220)])
 def test_targets_at_full_size(targets: str, count: int) -> None:
-    names = adapters.target_layers(empty_transformer(FULL_SIZE), targets)
+    names = adapters.target_layers(empty_transformer(official.TRANSFORMER), targets)
     assert len(names) == count and not [name for name in names if "norm" in name or "embed" in name]
 
 

@@ -8,20 +8,13 @@ from typing import Any
 
 import pytest
 
+from longcat_pack.longcat_backend import official
 from longcat_pack.longcat_backend.memory import GIB
 from longcat_pack.longcat_backend.training import estimate
 from longcat_pack.longcat_backend.training.settings import TrainSettings
 from longcat_pack.longcat_backend.transformer import empty_transformer
 
-CONFIG: dict[str, Any] = {
-    "num_layers": 10,
-    "num_single_layers": 20,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "in_channels": 64,
-    "joint_attention_dim": 3584,
-    "axes_dims_rope": [16, 56, 56],
-}
+CONFIG = official.TRANSFORMER
 SETTINGS = TrainSettings(targets="attention", checkpointing="block")
 SIZE = (1024, 1024)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,8 +49,11 @@ class EditPhase:
     @classmethod
     def parse(cls, text: str) -> EditPhase:
         """Read `seconds:slots:batch`, with `:decay` behind it for a decaying learning rate."""
-        seconds, slots, batch, *decay = text.split(":")
-        return cls(float(seconds), int(slots), int(batch), decay == ["decay"])
+        found = re.fullmatch(r"([\d.]+):(\d+):(\d+)(:decay)?", text)
+        if found is None:
+            raise ValueError(f"expected seconds:slots:batch[:decay], got {text!r}")
+        seconds, slots, batch, decay = found.groups()
+        return cls(float(seconds), int(slots), int(batch), decay is not None)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,9 +46,11 @@ class Phase:
     @classmethod
     def parse(cls, text: str) -> Phase:
         """Read `steps:slots:batch`, with `:decay` behind it for a decaying learning rate, and `:SECONDSs` for time."""
-        steps, slots, batch, *more = text.split(":")
-        seconds = [float(word[:-1]) for word in more if word.endswith("s")]
-        return cls(int(steps), int(slots), int(batch), "decay" in more, *seconds)
+        found = re.fullmatch(r"(\d+):(\d+):(\d+)(:decay)?(?::([\d.]+)s)?", text)
+        if found is None:
+            raise ValueError(f"expected steps:slots:batch[:decay][:SECONDSs], got {text!r}")
+        steps, slots, batch, decay, seconds = found.groups()
+        return cls(int(steps), int(slots), int(batch), decay is not None, float(seconds or math.inf))
 
 
 @dataclass(frozen=True)

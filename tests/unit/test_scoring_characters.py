@@ -1,7 +1,9 @@
 """A character on a shape is read back as itself, as no other, and not where there is none."""
 
+import itertools
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -73,6 +75,24 @@ def test_a_character_that_is_small_or_elsewhere_is_not_read():
         (x, y), _ = scenes.geometry(scene.size, scene.place)
         for centre, height in (((x, y), 22), ((x + 20, y + 20), 43)):
             assert read_character(painted(scene, character_mask(scene.character, centre, height, 128)), scene) is None
+
+
+def blots() -> Iterator[tuple[int, int, np.ndarray]]:
+    """Solid ellipses, boxes and diamonds up to the size of a character, where it would be; half width, half height."""
+    (x, y), _ = scenes.geometry(SCENE.size, SCENE.place)
+    down, across = np.mgrid[: scenes.IMAGE_SIZE, : scenes.IMAGE_SIZE].astype(np.float32)
+    for width, height in itertools.product(range(8, 27, 3), repeat=2):
+        right, below = abs(across - x) / width, abs(down - y) / height
+        for distance in (np.hypot(right, below), np.maximum(right, below), right + below):
+            yield width, height, painted(SCENE, (distance <= 1).astype(np.float32))
+
+
+def test_a_solid_blot_is_no_character():
+    """No disc, square or diamond is; a few boxes that are as bold as a B or an M cannot be told from one."""
+    read = [(width == height, read_character(image, SCENE)) for width, height, image in blots()]
+    assert len(read) == 147
+    assert {character for is_regular, character in read if is_regular} == {None}
+    assert sum(character is not None for _, character in read) <= 3
 
 
 def test_float_pictures_read_like_bytes_and_other_input_is_refused():

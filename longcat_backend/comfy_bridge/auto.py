@@ -131,7 +131,10 @@ def _weigh(checkpoint: Checkpoint, part: str, known: Preset, tabulate: bool) -> 
     """What a part will weigh in a precision, or in that which its files have settled."""
     outlines = checkpoint.packed(part)
     if outlines is None:
-        return memory.weigh(checkpoint.shapes(part), part, known, _stored_dtype(checkpoint, part), tabulate)
+        shapes = checkpoint.shapes(part)
+        if part == "text_encoder":  # under its layers' own names, and without the parts that are not loaded
+            shapes = {name: shapes[key] for name, key in text_encoder.language_keys(shapes).items()}
+        return memory.weigh(shapes, part, known, _stored_dtype(checkpoint, part), tabulate)
     stored = quantised_state.stored_preset(checkpoint, part) or known
     return memory.weigh(_SHAPES[part](checkpoint), part, stored, _DTYPES[part](outlines), tabulate)
 

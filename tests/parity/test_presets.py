@@ -16,6 +16,7 @@ from longcat_pack.longcat_backend.comfy_bridge.report import report
 from longcat_pack.longcat_backend.errors import LongCatError
 from longcat_pack.longcat_backend.memory import GroupOffload
 from longcat_pack.longcat_backend.precision import ENCODER_PRESETS, ENGINE_PRESETS, PRESETS
+from longcat_pack.longcat_backend.quantisation import stored_bytes
 
 # Relative L2 of one forward against fp32, with room above benchmarks/results/precision_error.json.
 MOST = {"bf16": 0.03, "fp16": 0.01, "fp8": 0.06, "int8": 0.03, "int8-quanto": 0.03, "int4-quanto": 0.2}
@@ -177,3 +178,26 @@ def test_auto_weighs_each_part_as_its_own_device_holds_it(
     stored = next(iter(checkpoint.weights("text_encoder").values())).dtype
     assert seen == {"transformer": torch.bfloat16, "text_encoder": stored}
     assert comfy.model_management.text_encoder_device().type == "cpu"
+
+
+def test_auto_weighs_the_encoder_that_is_loaded(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without output head and vision tower, and in 8 bits where it would be."""
+    from longcat_pack.longcat_backend import memory
+    from longcat_pack.longcat_backend.devices import DevicePolicy
+
+    monkeypatch.setattr(DevicePolicy, "compute_dtype", lambda self, component: torch.bfloat16)
+    weigh, counted = memory.weigh, {}
+
+    def noted(shapes: Any, component: str, preset: Any, dtype: torch.dtype, tabulate: bool) -> Any:
+        weights = weigh(shapes, component, preset, dtype, tabulate)
+        if component == "text_encoder":
+            counted[preset.name] = weights.total
+        return weights
+
+    monkeypatch.setattr(memory, "weigh", noted)
+    loading.load_encoder(checkpoint, "auto")
+    assert set(counted) == {"bf16", "int8"}
+    table = 2 * checkpoint.shapes("text_encoder")["model.embed_tokens.weight"].numel()  # looked up on the host
+    for name, count in counted.items():
+        held = table + stored_bytes(loading.load_encoder(checkpoint, name).patcher.model)
+        assert count == pytest.approx(held, rel=0.05)  # scales are not counted

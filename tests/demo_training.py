@@ -4,6 +4,7 @@ A program of its own, run in the repository root: there `tools` and `tests` are 
 in a test's process the root must not be importable (see conftest.py).
 """
 
+import copy
 import itertools
 import json
 import random
@@ -21,6 +22,7 @@ from tests.scoring.edits import edits_of, held_out_tasks, instructions
 from tests.scoring.scenes import ATTRIBUTES, LANGUAGES, SHAPES, TEMPLATES, WORDS, Scene, held_out_character_prompts
 from tools.tiny.checkpoint import build_tokenizer, load_pipeline, save_pipeline
 from tools.tiny.conditioning import TEXT_SLOTS, encode, tokenize
+from tools.tiny.conversations import converse
 from tools.tiny.edit_checkpoint import load_edit_pipeline
 from tools.tiny.edit_conditioning import (
     AROUND,
@@ -32,7 +34,8 @@ from tools.tiny.edit_conditioning import (
 from tools.tiny.edit_flow import INSTRUCTION_WIDTH, EditPhase
 from tools.tiny.examples import PROMPT_WIDTH
 from tools.tiny.flow import Phase
-from tools.tiny.rewriting import converse, write
+from tools.tiny.rewriting import RewritingSettings, RewritingTrainer, Stage, deepen
+from tools.tiny.writing import write
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "LongCat-Tiny"
 QUOTED_WORDS = ['a small blue square, and it says "square"', "红色圆形，写着“红色”"]
@@ -43,6 +46,8 @@ REQUESTS = {"en": "a small red star", "zh": "左边的蓝色圆形"}
 PHASES = ("7:64:256", "30000:512:128:decay", "9:64:8:decay:90s", "9:64:8:1.5s")
 EDIT_PHASES = ("160.5:64:192", "190:512:96:decay")
 MISSPELT = ("7:64:256:decays", "7:64:256:dekay", "7:64:256:90s:decay", "7:64", "7:64:256:")
+STAGES = ("600:0:1e-3:20:2e-3", "0.5:0.8:1:200:1e-3:decay")
+LESSON = RewritingSettings((Stage(1.0, 0.5, 1.0, 50.0, 1e-3, False),), batch=4, conversations=20, score_every=50)
 
 
 def longest_captions(tokenizer: Any) -> Iterator[str]:
@@ -76,13 +81,33 @@ def refusal(kind: type[Phase] | type[EditPhase], text: str) -> str:
     return ""
 
 
+def lesson(pipeline: Any) -> dict[str, Any]:
+    """How far a second of learning to rewrite changes the head and the embeddings, and added layers before it."""
+    reference = copy.deepcopy(pipeline.text_encoder)
+    layers = pipeline.text_encoder.config.text_config.num_hidden_layers
+    deepen(pipeline.text_encoder, 1)
+    trainer = RewritingTrainer(pipeline, reference, LESSON)
+    added = float(trainer.held_error())
+    lines: list[str] = []
+    trainer.train(lines.append, 1, lambda: lines.append("done"))
+    moved = (pipeline.text_encoder.lm_head.weight - reference.lm_head.weight).abs().max()
+    return {
+        "layers": [layers, pipeline.text_encoder.model.language_model.config.num_hidden_layers],
+        "error of added layers": added,
+        "error after": float(trainer.held_error()),
+        "head moved": float(moved),
+        "steps": trainer.step,
+        "lines": lines,
+    }
+
+
 @torch.no_grad()
 def main(out: Path) -> None:
     """Write facts.json, embeddings.safetensors and the folder `saved`."""
     pipeline, editor, built = load_pipeline(DEMO), load_edit_pipeline(DEMO), build_tokenizer()
     captions = tokenize(pipeline, list(longest_captions(pipeline.tokenizer)))
     asked = tokenize_instructions(editor, all_instructions())
-    conversations = {language: converse(pipeline, language, [text]) for language, text in REQUESTS.items()}
+    conversations = {language: converse(pipeline, language, [text], [""]) for language, text in REQUESTS.items()}
     facts = {
         "prompt width": [int((captions.lengths - captions.prefix).max()), PROMPT_WIDTH],
         "instruction width": [int((asked.lengths - asked.prefix).max()) - AROUND, INSTRUCTION_WIDTH],
@@ -96,8 +121,11 @@ def main(out: Path) -> None:
             language: [*c.instruction.tolist(), *c.ids[0, : c.starts[0]].tolist()]
             for language, c in conversations.items()
         },
+        "stages": {text: asdict(Stage.parse(text)) for text in STAGES},
         "answers": {language: write(pipeline, [text], language)[0] for language, text in REQUESTS.items()},
     }
+    with torch.enable_grad():
+        facts["lesson"] = lesson(load_pipeline(DEMO))
     (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     rows = tokenize(pipeline, [*PROMPTS, ""], PROMPT_WIDTH)
     seen = PictureEncoder(editor)(picture_patches(editor.image_processor_vl, [task.picture() for task in TASKS]))

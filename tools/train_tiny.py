@@ -3,8 +3,10 @@
 `train` does on one GPU whatever its work folder still lacks: the VAE first, then the DiT with the text encoder, from
 random weights or with `--start` from those of a folder.
 It stops after `--stop-after` seconds and picks up where it stopped when it is run again. `export` writes the official
-folder layout. `check` lets diffusers' own pipeline draw the held-out prompts and scores them. `edit` trains
-LongCat-Tiny-Edit from LongCat-Tiny, and `turbo` its variant of 8 steps. Run it from the repository root.
+folder layout. `check` lets diffusers' own pipeline draw the held-out prompts and scores them. `rewriting` teaches the
+language model to write, on a CPU, and keeps the embeddings that the DiT knows; `train --freeze-text` trains the DiT
+beside it. `edit` trains LongCat-Tiny-Edit from LongCat-Tiny, and `turbo` its variant of 8 steps. Run it from the
+repository root.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import torch
 from diffusers import AutoencoderKL, LongCatImagePipeline
 from safetensors.torch import load_file, save_file
 
-from tests.scoring.scenes import LANGUAGES
 from tools.tiny.check import check_folder, write_sheet
 from tools.tiny.checkpoint import build_pipeline, load_pipeline, save_pipeline
 from tools.tiny.edit_run import COMMANDS as EDIT_COMMANDS
@@ -27,7 +28,9 @@ from tools.tiny.edit_run import run as run_edit
 from tools.tiny.examples import Sizes, prepare_examples
 from tools.tiny.flow import FlowSettings, FlowTrainer, Phase
 from tools.tiny.pictures import VaePictures, free_masks, ink_masks, placement_masks
-from tools.tiny.rewriting import training_conversations
+from tools.tiny.rewriting_run import COMMAND as REWRITING
+from tools.tiny.rewriting_run import add_command as add_rewriting
+from tools.tiny.rewriting_run import run as run_rewriting
 from tools.tiny.vae import VaeSettings, measure, train_vae
 
 JITTERS = 16
@@ -115,8 +118,7 @@ def flow_settings(args: argparse.Namespace) -> FlowSettings:
         learning_rate=args.learning_rate,
         score_prompts=args.score_prompts,
         compile=args.compile,
-        writing_batch=args.writing_batch,
-        writing_weight=args.writing_weight,
+        freeze_text=args.freeze_text,
     )
 
 
@@ -138,9 +140,7 @@ def train(args: argparse.Namespace) -> None:
     sizes = Sizes(args.captions, args.character_captions, args.character_pictures, args.scene_limit)
     examples = prepare_examples(pipeline, masks, inks, sizes)
     log(f"{time.monotonic() - started:.0f} s: {sizes}")
-    languages = LANGUAGES if args.requests else ()
-    conversations = [training_conversations(pipeline, lang, args.requests).to(device) for lang in languages]
-    trainer = FlowTrainer(pipeline, examples, settings, args.seed, conversations)
+    trainer = FlowTrainer(pipeline, examples, settings, args.seed)
     if (args.work / "step.json").exists():
         load_state(trainer, args.work)
     log(f"{time.monotonic() - started:.0f} s: from step {trainer.step}, latents {tuple(examples.latents.shape)}")
@@ -159,8 +159,7 @@ def export(args: argparse.Namespace) -> None:
     for component in ("transformer", "text_encoder"):
         own = {name.removeprefix(component + "."): t for name, t in average.items() if name.startswith(component)}
         missing, unexpected = getattr(pipeline, component).load_state_dict(own, strict=False)
-        kept = ("model.visual.",) if "text_encoder.lm_head.weight" in average else ("model.visual.", "lm_head.")
-        untrained = [n for n in missing if not n.startswith(kept)]
+        untrained = [n for n in missing if own and not n.startswith(("model.visual.", "lm_head."))]
         if unexpected or untrained:
             raise ValueError(f"{component}: not in the work folder {untrained}, not in the model {unexpected}")
     save_pipeline(pipeline, args.folder)
@@ -182,9 +181,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--captions", type=int, default=Sizes.captions, help="a scene and language")
     run.add_argument("--character-captions", type=int, default=Sizes.character_captions, help="likewise, a character")
     run.add_argument("--character-pictures", type=int, default=Sizes.character_pictures, help="a scene and character")
-    run.add_argument("--requests", type=int, default=40_000, help="to rewrite, a language; 0: don't learn to rewrite")
-    run.add_argument("--writing-batch", type=int, default=FlowSettings.writing_batch)
-    run.add_argument("--writing-weight", type=float, default=FlowSettings.writing_weight)
+    run.add_argument("--freeze-text", action="store_true", help="leave the text encoder as --start has it")
     run.add_argument("--score-prompts", type=int, default=FlowSettings.score_prompts, help="a language")
     run.add_argument("--jitters", type=int, default=JITTERS)
     run.add_argument("--free-masks", type=int, default=FREE_MASKS)
@@ -205,6 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     judge.add_argument("--at-once", action="store_true", help="draw all prompts of a kind together, from one seed")
     judge.add_argument("--pictures", type=Path, default=None, help="write the drawn pictures as one PNG")
     add_edit_commands(commands)
+    add_rewriting(commands)
     return parser.parse_args()
 
 
@@ -217,6 +215,8 @@ def main() -> None:
         export(args)
     elif args.command in EDIT_COMMANDS:
         run_edit(args)
+    elif args.command == REWRITING:
+        run_rewriting(args)
     else:
         check_folder(args.folder, args.per_language, args.stock_positions, args.pictures, args.at_once)
 

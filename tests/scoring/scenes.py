@@ -302,10 +302,18 @@ def caption(scene: Scene, language: str, rng: random.Random) -> str:
     """One caption of `scene` in "zh" or "en", its template, synonyms and quotation marks drawn from `rng`."""
     table = WORDS[language]
     words = {name: rng.choice(table[name][getattr(scene, name)]) for name in ATTRIBUTES}
-    text = rng.choice(TEMPLATES[language]).format(**words)
-    if language == "en":
-        text = text.replace("a orange", "an orange").replace("A orange", "An orange")
+    text = _with_articles(rng.choice(TEMPLATES[language]).format(**words), language)
     return text if scene.character is None else with_character(text, scene.character, language, rng)
+
+
+def plain_caption(scene: Scene, language: str) -> str:
+    """The caption of `scene` in "zh" or "en" in the first of all wordings, without its character."""
+    words = {name: WORDS[language][name][getattr(scene, name)][0] for name in ATTRIBUTES}
+    return _with_articles(TEMPLATES[language][0].format(**words), language)
+
+
+def _with_articles(text: str, language: str) -> str:
+    return text.replace("a orange", "an orange").replace("A orange", "An orange") if language == "en" else text
 
 
 def vocabulary() -> list[str]:

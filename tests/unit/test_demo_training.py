@@ -115,6 +115,16 @@ def test_requests_are_asked_and_answered_as_the_pack_does(language: str, facts: 
     assert facts["answers"][language] == tokenizer.decode(written)
 
 
+def test_learning_to_rewrite_moves_the_head_and_holds_the_embeddings(facts: dict[str, Any]) -> None:
+    lesson = facts["lesson"]
+    before, after = lesson["layers"]
+    assert after == before + 1
+    assert lesson["error of added layers"] < 1e-12
+    assert lesson["steps"] >= 1 and lesson["head moved"] > 1e-6
+    assert 0 < lesson["error after"] < 0.1
+    assert "done" in lesson["lines"] and "behind" in lesson["lines"][-1]
+
+
 def texts(folder: Path) -> Iterator[tuple[Path, str]]:
     for path in sorted(folder.rglob("*.json")):
         yield path, path.read_text("utf-8")
@@ -141,11 +151,19 @@ def test_phases_are_read_from_their_text(facts: dict[str, Any]) -> None:
     def phase(steps: int, slots: int, batch: int, decay: bool, seconds: float) -> dict[str, Any]:
         return {"steps": steps, "slots": slots, "batch": batch, "decay": decay, "seconds": seconds}
 
+    def stage(seconds: float, share: float, reach: float, hold: float, rate: float, decay: bool) -> dict[str, Any]:
+        numbers = {"seconds": seconds, "share": share, "reach": reach, "hold": hold, "learning_rate": rate}
+        return {**numbers, "decay": decay}
+
     assert facts["phases"] == {
         "7:64:256": phase(7, 64, 256, False, math.inf),
         "30000:512:128:decay": phase(30_000, 512, 128, True, math.inf),
         "9:64:8:decay:90s": phase(9, 64, 8, True, 90.0),
         "9:64:8:1.5s": phase(9, 64, 8, False, 1.5),
+    }
+    assert facts["stages"] == {
+        "600:0:1e-3:20:2e-3": stage(600, 0, 1e-3, 20, 2e-3, False),
+        "0.5:0.8:1:200:1e-3:decay": stage(0.5, 0.8, 1, 200, 1e-3, True),
     }
     assert facts["edit phases"] == {
         "160.5:64:192": {"seconds": 160.5, "slots": 64, "batch": 192, "decay": False},

@@ -17,8 +17,8 @@ from tests.scoring.requests import held_out_requests, read_caption
 from tests.scoring.scenes import IMAGE_SIZE, LANGUAGES, Scene, held_out_character_prompts, held_out_prompts
 from tools.tiny.checkpoint import load_pipeline
 from tools.tiny.conditioning import PAD_POSITION
-from tools.tiny.rewriting import score_writing
 from tools.tiny.sampling import sample, score, score_characters
+from tools.tiny.writing import score_writing
 
 COLUMNS = 20
 

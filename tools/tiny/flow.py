@@ -1,15 +1,13 @@
-"""Train the DiT and its text encoder together on cached latents and token rows, one captured CUDA graph a step."""
+"""Train the DiT, with or without its text encoder, on cached latents and token rows, one captured graph a step."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import LongCatImagePipeline
 
-from tests.scoring.requests import held_out_requests
 from tests.scoring.scenes import Scene, held_out_character_prompts, held_out_prompts
 from tools.tiny.conditioning import TEXT_SLOTS, TokenRows, encode, position_ids
 from tools.tiny.examples import Examples
-from tools.tiny.rewriting import Conversations, answer_loss, score_writing
 from tools.tiny.sampling import TOKEN_SIDE, sample, score, score_characters, shift_mu
 from tools.tiny.vae import cosine
 
@@ -64,8 +60,7 @@ class FlowSettings:
     weight_decay: float = 0.01
     score_prompts: int = 100  # held-out prompts of each language that progress is scored on
     compile: bool = True
-    writing_batch: int = 64  # conversations a step, Chinese and English ones by turns
-    writing_weight: float = 0.05  # of their cross entropy in the loss
+    freeze_text: bool = False  # only the DiT learns
 
 
 def _autocast_blocks(pipeline: LongCatImagePipeline) -> None:
@@ -84,21 +79,10 @@ def _autocast_blocks(pipeline: LongCatImagePipeline) -> None:
 
 
 class FlowTrainer:
-    """One training run; `named` are the trained weights, `average` their moving average.
+    """One training run; `named` are the trained weights, `average` their moving average."""
 
-    With `conversations`, each of one language, the language model also learns to write.
-    """
-
-    def __init__(
-        self,
-        pipeline: LongCatImagePipeline,
-        examples: Examples,
-        settings: FlowSettings,
-        seed: int,
-        conversations: Sequence[Conversations] = (),
-    ) -> None:
+    def __init__(self, pipeline: LongCatImagePipeline, examples: Examples, settings: FlowSettings, seed: int) -> None:
         self.pipeline, self.examples, self.settings, self.seed = pipeline, examples, settings, seed
-        self.conversations = conversations
         self.device = pipeline.transformer.device
         self.twin = copy.deepcopy(pipeline)  # draws with the averaged weights
         self.named = self._named(pipeline)
@@ -107,7 +91,6 @@ class FlowTrainer:
         self.step, self.slots = 0, settings.phases[0].slots
         self.rate = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)
-        self.writing_sum = torch.zeros((), device=self.device)
         on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -119,7 +102,7 @@ class FlowTrainer:
         )
         _autocast_blocks(pipeline)
         _autocast_blocks(self.twin)
-        self.captured: list[tuple[torch.cuda.CUDAGraph, Callable[[], None]]] | None = None
+        self.captured: tuple[torch.cuda.CUDAGraph, Callable[[], None]] | None = None
         self.mu = shift_mu(pipeline, TOKEN_SIDE**2)
 
     @staticmethod
@@ -131,8 +114,9 @@ class FlowTrainer:
 
     def _named(self, pipeline: LongCatImagePipeline) -> dict[str, torch.nn.Parameter]:
         named = dict(self._trained(pipeline))
-        if self.conversations:
-            named["text_encoder.lm_head.weight"] = pipeline.text_encoder.lm_head.weight
+        if self.settings.freeze_text:
+            pipeline.text_encoder.requires_grad_(False)
+            return {name: p for name, p in named.items() if p.requires_grad}
         return named
 
     def second_moments(self) -> list[torch.Tensor]:
@@ -173,27 +157,19 @@ class FlowTrainer:
         return (1 - mix) * clean + mix * noise, sigma, examples.rows.take(row), noise - clean
 
     def _stepper(self, phase: Phase) -> Callable[[], None]:
-        """One optimisation step as a callable; on a GPU it replays a CUDA graph, one for each language by turns."""
+        """One optimisation step as a callable; on a GPU it replays a CUDA graph."""
         loss_function = self._loss_function(phase.slots)
 
-        def step(conversations: Conversations | None) -> None:
+        def step() -> None:
             self.optimizer.zero_grad(set_to_none=True)
             loss = loss_function(*self._batch(phase.batch))
             self.loss_sum += loss.detach()
-            if conversations is not None:
-                writing = answer_loss(self.pipeline.text_encoder, conversations, self.settings.writing_batch)
-                self.writing_sum += writing.detach()
-                loss = loss + self.settings.writing_weight * writing
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - self.settings.ema_decay)
 
-        steps = [partial(step, conversations) for conversations in (*self.conversations,) or (None,)]
-        if self.device.type == "cuda":
-            steps = [self._captured(one) for one in steps]
-        turns = itertools.cycle(steps)
-        return lambda: next(turns)()
+        return self._captured(step) if self.device.type == "cuda" else step
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """Capture `step`; the warm-up that capture needs leaves weights, average and moments as they were."""
@@ -214,9 +190,8 @@ class FlowTrainer:
             for target, value in zip(live, kept, strict=False):
                 target.copy_(value)
         self.loss_sum.zero_()
-        self.writing_sum.zero_()
         # the graph reads tensors that only the step's closure keeps alive
-        self.captured = [*(self.captured or ()), (graph, step)]
+        self.captured = (graph, step)
         return graph.replay
 
     def load_moments(self, moments: list[torch.Tensor], step: int) -> None:
@@ -241,15 +216,13 @@ class FlowTrainer:
         return sample(self.use_average(), [prompt for prompt, _ in pairs], slots=self.slots), [s for _, s in pairs]
 
     def scores(self) -> dict[str, float]:
-        """Shares of held-out prompts and requests that the averaged weights get right."""
+        """Shares of held-out prompts that the averaged weights get right."""
         count = self.settings.score_prompts
         shares = score(*self.draw(count))
         pairs = held_out_character_prompts(count, count)
         if len(self.examples.first) > self.examples.plain:
             pictures = sample(self.twin, [prompt for prompt, _ in pairs], slots=self.slots)
             shares["character"] = score_characters(pictures, [scene for _, scene in pairs])
-        if self.conversations:
-            shares["rewriting"] = score_writing(self.twin, held_out_requests())[0]
         return shares
 
     def train(self, stop_at: float, log: Callable[[str], None], log_every: int, score_every: int) -> bool:
@@ -290,11 +263,10 @@ class FlowTrainer:
         return True
 
     def _report(self, log: Callable[[str], None], steps: int, since: float, scored: bool) -> None:
-        loss, writing = self.loss_sum.item() / steps, self.writing_sum.item() / steps
+        loss = self.loss_sum.item() / steps
         pace = (time.monotonic() - since) / steps * 1000
         self.loss_sum.zero_()
-        self.writing_sum.zero_()
-        words = f"step {self.step} loss {loss:.4f} writing {writing:.3f} lr {self.rate.item():.2e} {pace:.1f} ms/step"
+        words = f"step {self.step} loss {loss:.4f} lr {self.rate.item():.2e} {pace:.1f} ms/step"
         if scored:
             words += " | " + " ".join(f"{name} {value:.3f}" for name, value in self.scores().items())
         log(words)

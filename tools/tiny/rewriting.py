@@ -1,14 +1,20 @@
 """Teach the language model to write a full caption for a short request, behind LongCat's own instruction.
 
-The instruction is thousands of tokens long and the same for every request of a language, so its keys and values are
-computed once for a batch, with their gradient.
+The embeddings that the DiT is conditioned on are held to those of the model that it was trained with, so that its
+pictures stay what they are.
+
+The instruction is thousands of tokens long and the same for every request of a language. Its keys and values are
+computed every so many steps, and a step's rows see all of its end and a random part of the rest, each key of which
+counts for as many as were left out: the expected sum over the instruction is the whole one's.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,196 +22,233 @@ import torch.nn.functional as F
 from diffusers import LongCatImagePipeline
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from longcat_backend.prompts import token_ids
-from longcat_backend.rewriting import question
-from tests.scoring.requests import Request, keeps, training_request
-from tests.scoring.scenes import caption
+from tests.scoring.characters import CHARACTERS
+from tests.scoring.requests import held_out_requests
+from tests.scoring.scenes import CHARACTER_SIZE, LANGUAGES, caption, training_scenes
+from tests.scoring.zorb import caption as zorb_caption
+from tests.scoring.zorb import scenes as zorb_scenes
+from tools.tiny.conditioning import TokenRows, encode, tokenize
+from tools.tiny.conversations import Conversations, training_conversations
+from tools.tiny.writing import read_instruction, score_writing
 
-END_OF_ANSWER = "<|im_end|>"
-LONGEST_CAPTION = 32  # tokens; the longest that training shows has 22
-IGNORED = -100
-MARK = "\u2603"  # stands for the request where a conversation is taken apart
-BARE_SHARE = 0.25  # rows that don't see the instruction: they teach copying before 6,000 tokens can be ignored
-
-
-@dataclass
-class Conversations:
-    """Right-padded rows of one language: what follows the instruction, and in training the answer behind it."""
-
-    instruction: torch.Tensor  # (P,) int64, the tokens before the user's words
-    ids: torch.Tensor  # (N, W) int64
-    starts: torch.Tensor  # (N,) int64, where the answer begins
-    lengths: torch.Tensor  # (N,) int64, of the row without its pads
-
-    def to(self, device: torch.device) -> Conversations:
-        """The same rows on `device`."""
-        parts = (self.instruction, self.ids, self.starts, self.lengths)
-        return Conversations(*(part.to(device) for part in parts))
+KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]  # of each layer, each (1, heads, tokens, width)
+NEAR = 32  # tokens at the instruction's end
+HEEDED = 160  # of those before, the ones that get the most attention in a layer
+SAMPLED = 96  # of all others
+WATCHED = 16  # rows that tell which get attention
+WARMUP = 100  # steps of each stage
+FIRST_REACH = 1e-3
 
 
-class InstructionCache:
-    """Keys and values of the instruction, as a layer's attention asks for them (transformers' `Cache.update`).
+class Before:
+    """Puts the same keys and values before those of every row, as a layer's attention asks (transformers' Cache)."""
 
-    Filled by a forward over the instruction alone; then every row of a batch sees them, with their gradient.
-    """
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, layers: KeysAndValues) -> None:
+        self.layers = layers
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the instruction's (1, heads, P, width), or put it before those of a batch (B, heads, W, width)."""
-        keys = keys.to(values.dtype)
-        if layer not in self.layers:
-            self.layers[layer] = (keys, values)
-            return keys, values
+        """Of a batch (B, heads, W, width), with what comes before it."""
         both = zip(self.layers[layer], (keys, values), strict=True)
-        known, new = (torch.cat([old.expand(len(part), -1, -1, -1), part], dim=2) for old, part in both)
-        return known, new
+        first, second = (torch.cat([old.expand(len(new), -1, -1, -1), new], dim=2) for old, new in both)
+        return first, second
 
 
-def _chat(pipeline: LongCatImagePipeline, request: str, language: str) -> str:
-    message = [{"role": "user", "content": [{"type": "text", "text": question(request, language)}]}]
-    template = pipeline.text_processor.chat_template
-    return str(
-        pipeline.tokenizer.apply_chat_template(
-            message, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training."""
+
+    seconds: float
+    share: float  # of the rows, that see the whole instruction; the others see some of its last tokens
+    reach: float  # weight at its end of all but the instruction's last tokens; it grows from the last stage's
+    hold: float  # weight of the embeddings' error
+    learning_rate: float
+    decay: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Stage:
+        """Read `seconds:share:reach:hold:rate`, with `:decay` behind it for a rate that falls as a cosine does."""
+        *numbers, rate = text.removesuffix(":decay").split(":")
+        seconds, share, reach, hold = map(float, numbers)
+        return cls(seconds, share, reach, hold, float(rate), text.endswith(":decay"))
+
+
+@dataclass(frozen=True)
+class RewritingSettings:
+    """Everything that decides the result, but for the seed and the time that the stages get."""
+
+    stages: tuple[Stage, ...] = (
+        Stage(900, 0.0, FIRST_REACH, 20, 2e-3, False),
+        Stage(600, 0.7, 1.0, 20, 2e-3, False),
+        Stage(900, 0.8, 1.0, 200, 2e-3, True),
     )
+    batch: int = 24  # conversations a step, Chinese and English ones by turns
+    captions: int = 3  # a step, whose embeddings are held
+    refresh: int = 100  # steps that the keys and values of the instruction last
+    conversations: int = 40_000  # of each language, to draw from
+    score_every: int = 4  # of the held-out requests, one in so many scores a stage
 
 
-def _instruction(pipeline: LongCatImagePipeline, language: str) -> tuple[str, list[int]]:
-    """The text and tokens that all conversations of a language begin with."""
-    first, second = (list(token_ids(pipeline.tokenizer, _chat(pipeline, text, language))) for text in ("A", "十"))
-    same = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return pipeline.tokenizer.decode(first[:same]), first[:same]
+def deepen(text_encoder: Qwen2_5_VLForConditionalGeneration, layers: int) -> None:
+    """Add layers at the end of the language model that begin as the identity."""
+    config, model = text_encoder.config.text_config, text_encoder.model.language_model
+    for _ in range(layers):
+        config.layer_types = [*config.layer_types, config.layer_types[-1]]
+        layer = type(model.layers[0])(config, config.num_hidden_layers)
+        config.num_hidden_layers += 1
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        model.layers.append(layer.to(model.embed_tokens.weight))
 
 
-def converse(
-    pipeline: LongCatImagePipeline, language: str, requests: Sequence[str], answers: Sequence[str] | None = None
-) -> Conversations:
-    """Conversations of requests in one language; without answers there is room for LONGEST_CAPTION tokens.
-
-    Raises ValueError when a conversation's tokens are not those of the instruction and of what follows it.
-    """
-    tokenizer = pipeline.tokenizer
-    text, instruction = _instruction(pipeline, language)
-    before, behind = _chat(pipeline, MARK, language).removeprefix(text).split(MARK)
-    questions = tokenizer([before + request + behind for request in requests], add_special_tokens=False)["input_ids"]
-    for request, asked in list(zip(requests, questions, strict=True))[:8]:
-        if list(token_ids(tokenizer, _chat(pipeline, request, language))) != instruction + asked:
-            raise ValueError(f"the instruction does not end at a token's end before {request!r}")
-    ends = [answer + END_OF_ANSWER for answer in answers or ()]
-    written = tokenizer(ends, add_special_tokens=False)["input_ids"] if ends else [[] for _ in questions]
-    rows = [[*asked, *answer] for asked, answer in zip(questions, written, strict=True)]
-    width = max(map(len, rows)) + (0 if ends else LONGEST_CAPTION)
-    width = -(-width // 8) * 8
-    padded = [row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows]
-    return Conversations(
-        torch.tensor(instruction),
-        torch.tensor(padded),
-        torch.tensor([len(asked) for asked in questions]),
-        torch.tensor([len(row) for row in rows]),
-    )
+def captions_to_hold(pipeline: LongCatImagePipeline, count: int) -> TokenRows:
+    """Rows of captions to train with: a third with a character, a tenth of zorbs, and the empty prompt now and then."""
+    rng, scenes, zorbs = random.Random("captions to hold"), training_scenes(), zorb_scenes(True)
+    texts = []
+    for index in range(count):
+        scene, language = rng.choice(scenes), LANGUAGES[index % 2]
+        if scene.size == CHARACTER_SIZE and rng.random() < 2 / 3:
+            scene = replace(scene, character=rng.choice(CHARACTERS))
+        zorb, kind = rng.choice(zorbs), rng.random()
+        text = zorb_caption(zorb, language, rng) if kind < 0.1 else caption(scene, language, rng)
+        texts.append("" if kind > 0.98 else text)
+    return tokenize(pipeline, texts)
 
 
-def training_conversations(pipeline: LongCatImagePipeline, language: str, count: int) -> Conversations:
-    """`count` conversations about training scenes."""
-    rng = random.Random(f"training requests, {language}")
-    pairs = [training_request(language, rng) for _ in range(count)]
-    answers = [caption(scene, language, rng) for _, scene in pairs]
-    return converse(pipeline, language, [request.text for request, _ in pairs], answers)
+class RewritingTrainer:
+    """One run over the stages; the pipeline's language model is trained in place."""
 
+    def __init__(
+        self,
+        pipeline: LongCatImagePipeline,
+        reference: Qwen2_5_VLForConditionalGeneration,
+        settings: RewritingSettings,
+    ) -> None:
+        self.pipeline, self.settings = pipeline, settings
+        self.text_encoder = pipeline.text_encoder
+        self.reference = reference.requires_grad_(False)
+        self.rows = captions_to_hold(pipeline, settings.conversations)
+        self.conversations = [training_conversations(pipeline, lang, settings.conversations) for lang in LANGUAGES]
+        self.read: list[tuple[KeysAndValues, list[torch.Tensor]]] = []
+        model = self.text_encoder.model.language_model
+        self.parameters = [*model.parameters(), self.text_encoder.lm_head.weight]
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
+        self.step, self.reach = 0, FIRST_REACH
 
-def read_instruction(text_encoder: Qwen2_5_VLForConditionalGeneration, instruction: torch.Tensor) -> InstructionCache:
-    """Keys and values of the instruction (P,)."""
-    model, cache = text_encoder.model.language_model, InstructionCache()
-    model(
-        inputs_embeds=model.embed_tokens(instruction)[None],
-        attention_mask={"full_attention": None},
-        position_ids=torch.arange(len(instruction), device=instruction.device).expand(3, 1, -1),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return cache
+    @torch.no_grad()
+    def _read(self, conversations: Conversations) -> tuple[KeysAndValues, list[torch.Tensor]]:
+        """Keys and values of an instruction, and each layer's order of its tokens by how little attention they get."""
+        model, drawn = self.text_encoder.model.language_model, conversations.draw(WATCHED)
+        cache = read_instruction(self.text_encoder, conversations.instruction)
+        known = [(layer.keys, layer.values) for layer in cache.layers]
+        size, width = len(conversations.instruction), drawn.ids.shape[1]
+        causal = torch.full((width, width), -math.inf).triu(1)
+        attention, model.config._attn_implementation = model.config._attn_implementation, "eager"
+        seen = model(
+            inputs_embeds=model.embed_tokens(drawn.ids),
+            attention_mask={"full_attention": torch.cat([torch.zeros(width, size), causal], dim=1)[None, None]},
+            position_ids=torch.arange(size, size + width).expand(3, WATCHED, -1),
+            past_key_values=Before(known),
+            use_cache=True,
+            output_attentions=True,
+        ).attentions
+        model.config._attn_implementation = attention
+        return known, [layer[..., : size - NEAR].amax((0, 1, 2)).argsort() for layer in seen]
 
+    def _instruction(self, language: int) -> KeysAndValues:
+        """Keys and values of the instruction, some steps old, as a step's rows see them."""
+        if self.step % self.settings.refresh == 0 or not self.read:
+            self.read = [self._read(c) for c in self.conversations]
+        size = len(self.conversations[language].instruction)
+        chosen, near = torch.randint(size - NEAR - HEEDED, (SAMPLED,)), torch.arange(size - NEAR, size)
+        parts: KeysAndValues = []
+        for (keys, values), order in zip(*self.read[language], strict=True):
+            seen = torch.cat([order[chosen], order[-HEEDED:], near])
+            parts.append((keys[:, :, seen], values[:, :, seen]))
+        return parts
 
-def logits(
-    text_encoder: Qwen2_5_VLForConditionalGeneration,
-    cache: InstructionCache,
-    ids: torch.Tensor,
-    instruction: int,
-    seen: torch.Tensor,
-) -> torch.Tensor:
-    """What follows each token, (B, W, vocabulary), of rows (B, W) behind an instruction of so many tokens.
+    def _mask(self, batch: int, width: int, rest: int, share: float) -> torch.Tensor:
+        """What each row adds to its attention's logits (B, 1, W, SAMPLED + HEEDED + NEAR + W).
 
-    `seen` (B,) says which rows see the instruction; positions count it either way.
-    """
-    model, (batch, width) = text_encoder.model.language_model, ids.shape
-    index = torch.arange(width, device=ids.device)
-    causal = (index[None, :] <= index[:, None]).expand(batch, 1, -1, -1)
-    before = seen[:, None, None, None].expand(-1, -1, width, instruction)
-    hidden = model(
-        inputs_embeds=model.embed_tokens(ids),
-        attention_mask={"full_attention": torch.cat([before, causal], dim=-1)},
-        position_ids=(index + instruction).expand(3, batch, -1),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return text_encoder.lm_head(hidden)
+        A row that sees the whole instruction counts each sampled token for as many as it stands for, times the reach
+        or up to a hundred times less.
+        """
+        index = torch.arange(width)
+        causal = torch.where(index[None, :] <= index[:, None], 0.0, -math.inf).expand(batch, 1, -1, -1)
+        whole = torch.rand(batch, 1) < share
+        weight = math.log(self.reach) - (math.log(100) * torch.rand(batch, 1) if self.reach < 1 else 0)
+        counts = torch.cat([torch.full((SAMPLED,), (rest - HEEDED) / SAMPLED), torch.ones(HEEDED)]).log()
+        far = torch.where(whole, weight + counts, -math.inf)
+        first = torch.where(whole, 0, torch.randint(NEAR + 1, (batch, 1)))
+        near = torch.where(torch.arange(NEAR) >= first, 0.0, -math.inf)
+        before = torch.cat([far, near], dim=1)[:, None, None].expand(-1, -1, width, -1)
+        return torch.cat([before, causal], dim=-1)
 
+    def _writing_loss(self, share: float) -> torch.Tensor:
+        """Cross entropy of the answers in a batch of conversations, `share` of which see the whole instruction."""
+        language = self.step % len(LANGUAGES)
+        drawn = self.conversations[language].draw(self.settings.batch)
+        size, (batch, width) = len(drawn.instruction), drawn.ids.shape
+        model = self.text_encoder.model.language_model
+        hidden = model(
+            inputs_embeds=model.embed_tokens(drawn.ids),
+            attention_mask={"full_attention": self._mask(batch, width, size - NEAR, share)},
+            position_ids=torch.arange(size, size + width).expand(3, batch, -1),
+            past_key_values=Before(self._instruction(language)),
+            use_cache=True,
+        ).last_hidden_state
+        wanted = drawn.answers()[:, 1:]
+        return F.cross_entropy(self.text_encoder.lm_head(hidden[:, :-1][wanted]), drawn.ids[:, 1:][wanted])
 
-def answer_loss(
-    text_encoder: Qwen2_5_VLForConditionalGeneration, conversations: Conversations, batch: int
-) -> torch.Tensor:
-    """Cross entropy of the answers' tokens in `batch` random conversations, drawn on the device."""
-    device, size = conversations.ids.device, len(conversations.instruction)
-    chosen = torch.randint(len(conversations.ids), (batch,), device=device)
-    ids = conversations.ids[chosen]
-    cache = read_instruction(text_encoder, conversations.instruction)
-    seen = torch.rand(batch, device=device) >= BARE_SHARE
-    said = logits(text_encoder, cache, ids, size, seen).float()
-    index = torch.arange(ids.shape[1], device=device)
-    inside = (index >= conversations.starts[chosen, None]) & (index < conversations.lengths[chosen, None])
-    wanted = torch.where(inside, ids, IGNORED)
-    return F.cross_entropy(said[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=IGNORED)
+    def held_error(self) -> torch.Tensor:
+        """Squared error of captions' embeddings, relative to their square."""
+        rows = self.rows.take(torch.randint(len(self.rows.ids), (self.settings.captions,)))
+        width = int(rows.lengths.max()) + 1
+        rows = TokenRows(rows.ids[:, :width].contiguous(), rows.lengths, rows.prefix)
+        real = torch.arange(rows.prefix, width) <= rows.lengths[:, None]
+        with torch.no_grad():
+            wanted = encode(self.reference, rows, width - rows.prefix)[real]
+        found = encode(self.text_encoder, rows, width - rows.prefix)[real]
+        return (found - wanted).square().sum() / wanted.square().sum()
 
+    def train(self, log: Callable[[str], None], log_every: int, done: Callable[[], None]) -> None:
+        """Run all stages, with `done` after each."""
+        for stage in self.settings.stages:
+            log(str(stage))
+            self._run(stage, log, log_every)
+            done()
+            log(f"step {self.step} " + " ".join(f"{name} {value:.2f}" for name, value in self.scores(stage).items()))
 
-@torch.no_grad()
-def write(
-    pipeline: LongCatImagePipeline, requests: Sequence[str], language: str, temperature: float = 0.0, seed: int = 0
-) -> list[str]:
-    """The captions that the language model writes for requests of one language, cut where they don't end."""
-    device = pipeline.text_encoder.device
-    rows = converse(pipeline, language, requests).to(device)
-    cache = read_instruction(pipeline.text_encoder, rows.instruction)
-    end = pipeline.tokenizer.convert_tokens_to_ids(END_OF_ANSWER)
-    seen = torch.ones(len(rows.ids), dtype=torch.bool, device=device)
-    line, at, finished = torch.arange(len(rows.ids), device=device), rows.lengths.clone(), ~seen
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(LONGEST_CAPTION):
-        said = logits(pipeline.text_encoder, cache, rows.ids, len(rows.instruction), seen)[line, at - 1].float().cpu()
-        if temperature > 0:
-            token = torch.multinomial((said / temperature).softmax(-1), 1, generator=generator)[:, 0].to(device)
-        else:
-            token = said.argmax(-1).to(device)
-        finished |= token == end
-        rows.ids[line, at] = torch.where(finished, end, token)
-        at += 1
-        if finished.all():
-            break
-    texts = [row[start:stop].tolist() for row, start, stop in zip(rows.ids, rows.starts, at, strict=True)]
-    return [pipeline.tokenizer.decode([i for i in text if i != end]) for text in texts]
+    def _run(self, stage: Stage, log: Callable[[str], None], log_every: int) -> None:
+        began = mark = time.monotonic()
+        first = last = self.step
+        reach = self.reach
+        sums = torch.zeros(2)
+        while (spent := (time.monotonic() - began) / stage.seconds) < 1:
+            self.reach = reach * (stage.reach / reach) ** spent
+            rate = min(1.0, (self.step - first + 1) / WARMUP)
+            if stage.decay:
+                rate *= 0.5 + 0.5 * math.cos(math.pi * spent)
+            self.optimizer.param_groups[0]["lr"] = stage.learning_rate * rate
+            writing, held = self._writing_loss(stage.share), self.held_error()
+            self.optimizer.zero_grad(set_to_none=True)
+            (writing + stage.hold * held).backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.step += 1
+            sums += torch.stack([writing, held]).detach()
+            if self.step % log_every == 0:
+                pace = (time.monotonic() - mark) / (self.step - last) * 1000
+                writing, held = (sums / (self.step - last)).tolist()
+                log(f"step {self.step} writing {writing:.4f} held {held:.2e} {pace:.0f} ms/step")
+                mark, last, sums = time.monotonic(), self.step, torch.zeros(2)
+        self.reach = stage.reach
 
-
-def score_writing(
-    pipeline: LongCatImagePipeline, requests: Sequence[Request], temperature: float = 0.0
-) -> tuple[float, list[tuple[Request, str]]]:
-    """Share of requests answered with a full caption that keeps all that was stated, and all answers."""
-    answers: list[tuple[Request, str]] = []
-    for language in dict.fromkeys(request.language for request in requests):
-        own = [request for request in requests if request.language == language]
-        texts = write(pipeline, [request.text for request in own], language, temperature)
-        answers.extend(zip(own, texts, strict=True))
-    return sum(keeps(text, request) for request, text in answers) / len(answers), answers
+    def scores(self, stage: Stage) -> dict[str, float]:
+        """Share of some held-out requests whose rewrite keeps all that was stated, as the stage's rows see them."""
+        some = held_out_requests()[:: self.settings.score_every]
+        shares = {"bare": score_writing(self.pipeline, some, bare=True)[0]}
+        if stage.share > 0:
+            shares["behind"] = score_writing(self.pipeline, some)[0]
+        return shares

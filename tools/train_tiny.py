@@ -4,9 +4,8 @@
 random weights or with `--start` from those of a folder.
 It stops after `--stop-after` seconds and picks up where it stopped when it is run again. `export` writes the official
 folder layout. `check` lets diffusers' own pipeline draw the held-out prompts and scores them. `rewriting` teaches the
-language model to write, on a CPU, and keeps the embeddings that the DiT knows; `train --freeze-text` trains the DiT
-beside it. `edit` trains LongCat-Tiny-Edit from LongCat-Tiny, and `turbo` its variant of 8 steps. Run it from the
-repository root.
+language model to write and keeps the embeddings that the DiT knows; `train --freeze-text` trains the DiT beside it.
+`edit` trains LongCat-Tiny-Edit from LongCat-Tiny, and `turbo` its variant of 8 steps. Run it from the repository root.
 """
 
 from __future__ import annotations

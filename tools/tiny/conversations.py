@@ -27,6 +27,11 @@ class Conversations:
     starts: torch.Tensor  # (N,) int64, where the answer begins
     lengths: torch.Tensor  # (N,) int64, of the row without its pads
 
+    def to(self, device: torch.device) -> Conversations:
+        """The same rows on `device`."""
+        parts = (self.instruction, self.ids, self.starts, self.lengths)
+        return Conversations(*(part.to(device) for part in parts))
+
     def draw(self, count: int) -> Conversations:
         """`count` random rows, no wider than the longest of them."""
         chosen = torch.randint(len(self.ids), (count,))
@@ -35,7 +40,7 @@ class Conversations:
 
     def answers(self) -> torch.Tensor:
         """Which tokens (N, W) are of answers."""
-        index = torch.arange(self.ids.shape[1])
+        index = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (index >= self.starts[:, None]) & (index < self.lengths[:, None])
 
 

@@ -24,6 +24,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--folder", type=Path, required=True, help="folder that is written after each stage")
     parser.add_argument("--layers", type=int, default=2, help="to add at the end; they begin as the identity")
     parser.add_argument("--stage", nargs="*", type=Stage.parse, default=STAGES, help=Stage.parse.__doc__)
+    parser.add_argument("--batch", type=int, default=RewritingSettings.batch, help="conversations a step")
     parser.add_argument("--conversations", type=int, default=RewritingSettings.conversations, help="of each language")
     parser.add_argument("--reach", type=float, default=FIRST_REACH, help="where the first stage's reach begins")
     parser.add_argument("--log-every", type=int, default=250)
@@ -41,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
 
     pipeline, reference = load_pipeline(args.start), load_pipeline(args.like or args.start)
     deepen(pipeline.text_encoder, args.layers)
-    settings = RewritingSettings(tuple(args.stage), conversations=args.conversations)
+    for model in (pipeline.text_encoder, reference.text_encoder):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    settings = RewritingSettings(tuple(args.stage), args.batch, conversations=args.conversations)
     trainer = RewritingTrainer(pipeline, reference.text_encoder, settings)
     trainer.reach = args.reach
     log(str(settings))

@@ -16,13 +16,16 @@ UNSEEN = HELD_OUT[:4]
 # Of the demo model's own 200 held-out prompts, half of them Chinese, every so many are asked for.
 OLD_EVERY = 17
 RECIPE = {
-    "steps": 700,
-    "learning_rate": 1.5e-3,
-    "rank": 32,
+    "steps": 850,
+    "learning_rate": 3e-3,
+    "rank": 16,
     "targets": "all",
     "schedule": "cosine",
     "weight_decay": 0.0,
-    "validate_every": 350,
+    "flow_shift": "fixed",
+    "flow_shift.shift": 3.0,
+    "preservation_prompts": "\n".join(zorb.preservation_prompts()),
+    "validate_every": 425,
     "validation_steps": 4,
     "validation_guidance": 2.0,
     "validation_prompts": "a large yellow zorb on the left on a red background\n绿色背景上，右边有一个黄色的大佐布",
@@ -35,13 +38,14 @@ def asked(old_every: int = OLD_EVERY) -> dict[str, tuple[list[Any], Any]]:
     return {"zorbs": (HELD_OUT, zorb), "unseen": (UNSEEN, zorb), "old": (old, score), "old-before": (old, score)}
 
 
-def graph(old_every: int = OLD_EVERY, **settings: Any) -> Graph:
-    """Train, then draw what was learnt and what was known, with the trained MODEL and with the one before.
+def training(**settings: Any) -> Graph:
+    """Train, by the recipe but for the settings of LongCatTrainLora that are given."""
+    return training_graph.graph("zorb", **{**RECIPE, **settings})
 
-    Args:
-        settings: of LongCatTrainLora in the place of the recipe's.
-    """
-    made = training_graph.graph("zorb", **{**RECIPE, **settings})
+
+def graph(old_every: int = OLD_EVERY, **settings: Any) -> Graph:
+    """Train, then draw what was learnt and what was known, with the trained MODEL and with the one before."""
+    made = training(**settings)
     for key, (prompts, _) in asked(old_every).items():
         add_grid(made, key, [prompt for prompt, _ in prompts], ["1" if key in ("unseen", "old-before") else "3", 0])
     for key, output in (("loss", 3), ("sheet", 4)):

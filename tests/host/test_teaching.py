@@ -12,10 +12,9 @@ from host.training_graph import add_grid, run_folder, saved
 from longcat_pack.tools.host import ComfyServer
 from longcat_pack.tools.results import Result
 
-# Less than the gates of benchmarks/teach_zorb.py (80 %, 3 points): processors round differently, 700 updates enlarge
-# that, and of so few pictures one is 5 or 8 points. Of fifty old prompts the recipe loses 16 points (committed result).
-LEARNT = 0.6
-LOST = 0.35
+# The gates of benchmarks/teach_zorb.py, which draws fifty old prompts. Here there are twelve: one of them may be lost.
+LEARNT = 0.8
+LOST = 0.09
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def training_server(make_server: Any) -> ComfyServer:
 @pytest.fixture(scope="module")
 def taught(training_server: ComfyServer) -> Result:
     """The zorb, taught once; everything that is drawn with it and without it."""
-    return training_server.run(teaching.graph(), timeout=1200)
+    return training_server.run(teaching.graph(), timeout=1800)
 
 
 def test_a_new_word_is_learnt_in_both_languages_and_what_was_known_stays(
@@ -43,11 +42,14 @@ def test_the_node_shows_how_it_goes(taught: Result) -> None:
     told = [event.data for event in taught.events if event.type == "progress_text"]
     texts = [data["text"] for data in told if data["node"] == "3"]
     assert any("encoding" in text for text in texts)
+    kept = len(RECIPE["preservation_prompts"].splitlines())
+    assert any(text.startswith("drawing what is to be preserved") and f"{kept}/{kept}" in text for text in texts)
     last = f"{RECIPE['steps']}/{RECIPE['steps']} · loss"
     assert any(text.startswith(last) and "left" in text for text in texts)
     assert {preview.node for preview in taught.previews} >= {"3"}
     report = taught.outputs["report"]["text"][0]
     assert "from the first step" in report and "self-test" in report and "encoded" in report
+    assert "preservation loss" in report
 
 
 def test_loss_and_grid_are_pictures(training_server: ComfyServer, taught: Result) -> None:

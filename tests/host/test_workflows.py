@@ -19,8 +19,8 @@ from longcat_pack.tools.results import Result
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 REGISTRY_ID = "comfyui-longcat-image"
-# A training of three steps goes the same way as a long one.
-SHORT = {"steps": 3, "validate_every": 0, "validation_steps": 1}
+# A training of three steps goes the same way as a long one; what the base draws for preservation takes a minute.
+SHORT = {"steps": 3, "validate_every": 0, "validation_steps": 1, "preservation_prompts": ""}
 # Workflows that draw with what another one makes.
 NEEDS = {"lora_use": "lora_train"}
 

@@ -86,21 +86,33 @@ def render(scene: ZorbScene, jitter: Jitter | None = None) -> np.ndarray:
     return np.rint(picture).astype(np.uint8)
 
 
-def training_pairs(others: int = 6) -> list[tuple[np.ndarray, str]]:
-    """(picture, caption) of ten zorbs and of others to learn from, in Chinese and English in turns.
+def training_pairs(count: int = 16) -> list[tuple[np.ndarray, str]]:
+    """(picture, caption) of zorbs to learn from, in Chinese and English in turns.
 
-    The others, one of each shape that the model knows, keep it from drawing zorbs everywhere.
+    The scenes that are shown come again with another jitter and other words, in the other language.
     """
     rng = random.Random("zorbs to learn from")
-    pairs = [
-        (render(scene, Jitter.sample(rng)), caption(scene, LANGUAGES[index % 2], rng))
-        for index, scene in enumerate(scenes(shown=True))
-    ]
-    for index in range(others):
-        shape = list(SHAPES)[index % len(SHAPES)]
-        scene = rng.choice([each for each in world.training_scenes() if each.shape == shape])
-        pairs.append((world.render(scene, Jitter.sample(rng)), world.caption(scene, LANGUAGES[index % 2], rng)))
+    shown, pairs = scenes(shown=True), []
+    for index in range(count):
+        scene, language = shown[index % len(shown)], LANGUAGES[(index + index // len(shown)) % len(LANGUAGES)]
+        pairs.append((render(scene, Jitter.sample(rng)), caption(scene, language, rng)))
     return pairs
+
+
+def preservation_prompts(count: int = 96, near: float = 0.25) -> list[str]:
+    """Captions of the world to be drawn as before, shapes and languages in turns; all of scenes to train on.
+
+    The share ``near`` is of large yellow shapes on the zorb's backgrounds, which are most easily taken for it.
+    """
+    rng = random.Random("prompts to preserve")
+    every, texts = world.training_scenes(), []
+    for index in range(count):
+        shape = list(SHAPES)[index % len(SHAPES)]
+        known = [scene for scene in every if scene.shape == shape]
+        if rng.random() < near:
+            known = [s for s in known if (s.colour, s.size) == (TIPS, SIZE) and s.background in BACKGROUNDS]
+        texts.append(world.caption(rng.choice(known), LANGUAGES[index // len(SHAPES) % len(LANGUAGES)], rng))
+    return texts
 
 
 def held_out_prompts() -> list[tuple[str, ZorbScene]]:

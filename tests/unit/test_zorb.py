@@ -51,8 +51,19 @@ def test_training_pictures_are_few_and_not_those_that_are_asked_for() -> None:
     for some in (shown, asked):
         assert {scene.place for scene in some} == set(scenes.PLACES)
         assert {scene.background for scene in some} == set(zorb.BACKGROUNDS)
-    words = [zorb.NAMES[language] for language in scenes.LANGUAGES]
-    assert sum(any(word in caption for word in words) for _, caption in pairs) == len(shown)
+    counts = [sum(zorb.NAMES[language] in caption for _, caption in pairs) for language in scenes.LANGUAGES]
+    assert counts == [8, 8]
+
+
+def test_prompts_to_be_kept_are_of_the_known_world_alone() -> None:
+    prompts = zorb.preservation_prompts()
+    assert len(prompts) == 96 and prompts == zorb.preservation_prompts()
+    assert not any(name in prompt for prompt in prompts for name in zorb.NAMES.values())
+    assert not set(prompts) & {prompt for prompt, _ in scenes.held_out_prompts()}
+    chinese = sum(not prompt.isascii() for prompt in prompts)
+    assert 0.4 * len(prompts) <= chinese <= 0.6 * len(prompts)
+    for shape, words in scenes.WORDS["en"]["shape"].items():
+        assert any(word in prompt for prompt in prompts for word in words), shape
 
 
 def test_the_demo_dataset_is_what_is_drawn_here(pack_dir: Path) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import LongCatImagePipeline
 
 from longcat_backend.prompts import token_ids
 from longcat_backend.rewriting import question
-from tests.scoring.requests import training_request
-from tests.scoring.scenes import plain_caption
+from tests.scoring.requests import Request, training_request
+from tests.scoring.scenes import Scene, plain_caption
 
 END_OF_ANSWER = "<|im_end|>"
 MARK = "\u2603"  # stands for the request where a conversation is taken apart
+USUAL = {"background": ("white", "black"), "colour": ("red", "blue")}  # the first that stands out from the other
+USUAL_SHARE = 0.6  # of the colours that a request leaves open
 
 
 @dataclass
@@ -88,9 +90,17 @@ def converse(
     )
 
 
+def _with_usual_colours(scene: Scene, request: Request, rng: random.Random) -> Scene:
+    """`scene` with usual colours, mostly, where the request leaves them open, so that the likeliest pair differs."""
+    for name, other in (("background", "colour"), ("colour", "background")):
+        if name not in dict(request.stated) and rng.random() < USUAL_SHARE:
+            scene = replace(scene, **{name: next(v for v in USUAL[name] if v != getattr(scene, other))})
+    return scene
+
+
 def training_conversations(pipeline: LongCatImagePipeline, language: str, count: int) -> Conversations:
-    """`count` conversations about training scenes; what a request leaves out, the answer chooses at random."""
+    """`count` conversations about training scenes; what a request leaves out, the answer draws."""
     rng = random.Random(f"training requests, {language}")
     pairs = [training_request(language, rng) for _ in range(count)]
-    answers = [plain_caption(scene, language) for _, scene in pairs]
+    answers = [plain_caption(_with_usual_colours(scene, request, rng), language) for request, scene in pairs]
     return converse(pipeline, language, [request.text for request, _ in pairs], answers)

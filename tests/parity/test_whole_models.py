@@ -1,6 +1,5 @@
 """Models of other libraries' weights move as one piece, also where the host asks for a part of their memory only."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,6 @@ from longcat_pack.longcat_backend.comfy_bridge import diffusers_engine
 from longcat_pack.longcat_backend.precision import PRESETS
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def fp8_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU pass for a device with fp8 products: weights can be made on it, not multiplied."""
-    layers = importlib.import_module("longcat_pack.longcat_backend.torchao_layers")
-    api = importlib.import_module("torchao.quantization.quant_api")
-    monkeypatch.setattr(layers, "_multiplies_fp8", lambda device: True)
-    monkeypatch.setattr(api, "_check_hardware_support", lambda granularity: None)
 
 
 def leaves(model: Any) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -30,15 +29,6 @@ def demo(pack_dir: Path) -> checkpoints.Checkpoint:
 @pytest.fixture
 def model(pack_dir: Path) -> Velocity:
     return transformer.load_transformer(demo(pack_dir), torch.bfloat16)
-
-
-@pytest.fixture
-def fp8_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU pass for a device with fp8 products: weights can be made on it, not multiplied."""
-    layers = importlib.import_module("longcat_pack.longcat_backend.torchao_layers")
-    api = importlib.import_module("torchao.quantization.quant_api")
-    monkeypatch.setattr(layers, "_multiplies_fp8", lambda device: True)
-    monkeypatch.setattr(api, "_check_hardware_support", lambda granularity: None)
 
 
 @torch.inference_mode()

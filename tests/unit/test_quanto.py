@@ -139,14 +139,14 @@ def test_a_saved_model_is_the_same_when_loaded(
 
 
 def test_fp8_is_saved_and_loaded_too(
-    checkpoint: checkpoints.Checkpoint, empty: Velocity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: checkpoints.Checkpoint,
+    empty: Velocity,
+    tmp_path: Path,
+    fp8_device: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import importlib
+    from longcat_pack.longcat_backend import torchao_layers as layers
 
-    layers = importlib.import_module("longcat_pack.longcat_backend.torchao_layers")
-    api = importlib.import_module("torchao.quantization.quant_api")
-    monkeypatch.setattr(layers, "_multiplies_fp8", lambda device: True)
-    monkeypatch.setattr(api, "_check_hardware_support", lambda granularity: None)
     model = transformer.load_transformer(checkpoint, torch.bfloat16)
     preset = precision.PRESETS["fp8-torchao"]
     quantisation.quantise(model.transformer, "transformer", preset)

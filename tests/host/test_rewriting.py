@@ -1,5 +1,6 @@
-"""LongCatPromptRewrite in the real server: shown, cached, interrupted; and asking an endpoint with a secret key."""
+"""LongCatPromptRewrite in the real server: what it writes, cached, interrupted; and asking an endpoint with a key."""
 
+import io
 import json
 import shutil
 import threading
@@ -8,18 +9,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from host import graphs
 from host.bad_input import check_alive, failed, rejected
 from longcat_pack.tools.host import ComfyServer
 from longcat_pack.tools.results import Event, Interrupted
+from scoring.requests import held_out_requests, keeps, read_caption
+from scoring.score import score_image
 
 KEY = "secret-4711"
 ENDLESS = "LongCat-Tiny-Endless"
 LIMIT = 2000
+# Of the 100 requests that benchmarks/score_tiny.py has rewritten, every tenth: 5 Chinese and 5 English ones.
+REQUESTS = held_out_requests()[::10]
 
 
 class Writer:
@@ -113,6 +120,24 @@ def graph(api_workflow: Any) -> graphs.Graph:
 def asking(graph: graphs.Graph, writer: Writer, **inputs: Any) -> graphs.Graph:
     settings = {"source": "endpoint", "source.base_url": writer.url, "source.model": "writer", "source.timeout": 60}
     return graphs.changed(graph, **{f"r.{name}": value for name, value in {**settings, **inputs}.items()})
+
+
+def test_requests_become_captions_that_keep_what_was_stated_and_are_drawn(
+    server: ComfyServer, graph: graphs.Graph
+) -> None:
+    full = {"r.temperature": 0.0, "r.max_tokens": 64, "5.steps": 20, "4.size.width": 128, "4.size.height": 128}
+    lost, wrong = [], []
+    for seed, asked in enumerate(REQUESTS):
+        result = server.run(graphs.changed(graph, **full, **{"r.prompt": asked.text, "5.seed": seed}))
+        (text,) = result.outputs["r"]["text"]
+        scene = read_caption(text, asked.language)
+        picture = np.array(Image.open(io.BytesIO(server.view(result.images[0]))).convert("RGB"))
+        if not keeps(text, asked):
+            lost.append((asked.text, text))
+        elif scene is None or not score_image(picture, scene)["all"]:
+            wrong.append((text, seed))
+    assert len(REQUESTS) == 10
+    assert not lost and len(wrong) <= 1, (lost, wrong)
 
 
 def test_the_text_is_drawn_shown_and_kept_until_an_input_changes(server: ComfyServer, graph: graphs.Graph) -> None:

@@ -127,7 +127,7 @@ def test_the_encoder_takes_int8(pack_dir: Path) -> None:
     encoder = text_encoder.load_text_encoder(checkpoint, text_encoder.load_tokenizer(checkpoint), torch.float32)
     expected = encoder.encode([5, 6, 7])
     quantisation.quantise(encoder.model, "text_encoder", precision.PRESETS["int8-quanto"])
-    assert len(quantisation.quantised_layers(encoder.model)) == 3 * 7
+    assert len(quantisation.quantised_layers(encoder.model)) == 7 * len(encoder.model.layers)
     assert 0 < relative_error(encoder.encode([5, 6, 7]), expected) < 0.02
 
 

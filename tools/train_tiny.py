@@ -4,7 +4,8 @@
 random weights or with `--start` from those of a folder.
 It stops after `--stop-after` seconds and picks up where it stopped when it is run again. `export` writes the official
 folder layout. `check` lets diffusers' own pipeline draw the held-out prompts and scores them. `rewriting` teaches the
-language model to write and keeps the embeddings that the DiT knows; `train --freeze-text` trains the DiT beside it.
+language model to write and keeps the embeddings that the DiT knows, `characters` makes it tell characters apart;
+`train --freeze-text` trains the DiT beside both.
 `edit` trains LongCat-Tiny-Edit from LongCat-Tiny, and `turbo` its variant of 8 steps. Run it from the repository root.
 """
 
@@ -19,6 +20,9 @@ import torch
 from diffusers import AutoencoderKL, LongCatImagePipeline
 from safetensors.torch import load_file, save_file
 
+from tools.tiny.characters_apart import COMMAND as CHARACTERS
+from tools.tiny.characters_apart import add_command as add_characters
+from tools.tiny.characters_apart import run as run_characters
 from tools.tiny.check import check_folder, write_sheet
 from tools.tiny.checkpoint import build_pipeline, load_pipeline, save_pipeline
 from tools.tiny.edit_run import COMMANDS as EDIT_COMMANDS
@@ -202,6 +206,7 @@ def parse_arguments() -> argparse.Namespace:
     judge.add_argument("--pictures", type=Path, default=None, help="write the drawn pictures as one PNG")
     add_edit_commands(commands)
     add_rewriting(commands)
+    add_characters(commands)
     return parser.parse_args()
 
 
@@ -216,6 +221,8 @@ def main() -> None:
         run_edit(args)
     elif args.command == REWRITING:
         run_rewriting(args)
+    elif args.command == CHARACTERS:
+        run_characters(args)
     else:
         check_folder(args.folder, args.per_language, args.stock_positions, args.pictures, args.at_once)
 

@@ -27,7 +27,7 @@ def edit(parts: tuple[Any, Any, Any], task: Any, seed: int, steps: int, guidance
     model, clip, decoder = parts
     patched = guiding.patch(model, renorm=False)
     image = torch.from_numpy(task.picture())[None].float() / 255
-    positive, negative, canvas = editing.encode(clip, decoder, image, task.instruction, "", (SIZE, SIZE))
+    positive, negative, canvas, _ = editing.encode(clip, decoder, image, task.instruction, "", (SIZE, SIZE))
     sigmas = sampling.schedule(patched, canvas, steps)
     drawn = sampling.sample(patched, positive, negative, canvas, sigmas, guidance, seed)
     return vae.decode(decoder, drawn["samples"], tiled=False)[0]

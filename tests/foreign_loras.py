@@ -60,6 +60,15 @@ def native_layers(shapes: Shapes) -> dict[str, list[str]]:
     return layers
 
 
+def native_changes(changes: Changes, shapes: Shapes) -> Changes:
+    """Changes of official weights as those of ComfyUI's layers, by the layers' names."""
+    native = {}
+    for name, parts in native_layers(shapes).items():
+        rows = torch.cat([changes[f"{part}.weight"] for part in parts])
+        native[name] = torch.cat(rows.chunk(2)[::-1]) if name == SWAPPED else rows
+    return native
+
+
 @dataclass
 class Foreign:
     """A file in the making. ``changes`` are of official weights and biases, at strength 1, in float64."""

@@ -1,7 +1,7 @@
 """Make the references of tests/parity: the embeddings of prompts and of edit instructions in the official stack.
 
-Run it in an environment of its own, with the versions that LongCat-Image was published for, after the demo
-checkpoint's text encoder has changed:
+Run it in an environment of its own, with the versions that LongCat-Image was published for, after the text encoder of
+a demo checkpoint has changed:
 
     pip install torch torchvision transformers==4.57.1 diffusers==0.37.0 accelerate
     python tools/make_reference_embeddings.py
@@ -28,6 +28,7 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "demo" / "LongCat-Tiny"
+EDIT_FOLDER = ROOT / "demo" / "LongCat-Tiny-Edit"
 FIXTURE = ROOT / "tests" / "parity" / "reference_embeddings.safetensors"
 EDIT_FIXTURE = FIXTURE.with_name("reference_edit_embeddings.safetensors")
 OFFICIAL = "4.57.1"
@@ -47,15 +48,15 @@ EDITS = (
 )
 
 
-def load_encoder() -> Qwen2_5_VLForConditionalGeneration:
-    """The encoder with its config in the words of transformers 4: rope settings had another name and place."""
-    config = json.loads((FOLDER / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+def load_encoder(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
+    """An encoder with its config in the words of transformers 4: rope settings had another name and place."""
+    config = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     text = config["text_config"]
     rope = text.pop("rope_parameters")
     text["rope_theta"] = rope["rope_theta"]
     text["rope_scaling"] = {"type": "mrope", "rope_type": "default", "mrope_section": rope["mrope_section"]}
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config))
-    saved = load_file(FOLDER / "text_encoder" / "model.safetensors")
+    saved = load_file(folder / "text_encoder" / "model.safetensors")
     wanted = model.state_dict()
     renamed = {_name_in_4(key): value for key, value in saved.items()}
     if renamed.keys() != wanted.keys():
@@ -72,12 +73,12 @@ def _name_in_4(key: str) -> str:
     return key
 
 
-def stand_in(pipeline: type, encoder: Any, **more: Any) -> SimpleNamespace:
+def stand_in(pipeline: type, folder: Path, encoder: Any, **more: Any) -> SimpleNamespace:
     """As much of a pipeline as its ``_encode_prompt`` needs, with its own templates."""
     template = pipeline.__init__.__code__.co_consts
     # By class: the config that transformers 5 saves names no class that transformers 4 would find.
     return SimpleNamespace(
-        tokenizer=Qwen2TokenizerFast(tokenizer_file=str(FOLDER / "tokenizer" / "tokenizer.json")),
+        tokenizer=Qwen2TokenizerFast(tokenizer_file=str(folder / "tokenizer" / "tokenizer.json")),
         tokenizer_max_length=512,
         prompt_template_encode_prefix=next(c for c in template if str(c).startswith("<|im_start|>system")),
         prompt_template_encode_suffix=next(c for c in template if str(c).startswith("<|im_end|>")),
@@ -96,10 +97,11 @@ def picture(width: int, height: int) -> torch.Tensor:
     return (torch.stack([row, column, disc + noise - 1], dim=-1) * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
 
 
-def edit_embeddings(encoder: Any) -> dict[str, torch.Tensor]:
+def edit_embeddings() -> dict[str, torch.Tensor]:
     """Pictures, and embeddings of their instructions up to the first pad, which all pads equal."""
-    processor = Qwen2VLImageProcessorFast.from_pretrained(FOLDER / "text_processor")
-    pipe = stand_in(LongCatImageEditPipeline, encoder, image_processor_vl=processor, image_token="<|image_pad|>")
+    processor = Qwen2VLImageProcessorFast.from_pretrained(EDIT_FOLDER / "text_processor")
+    more = {"image_processor_vl": processor, "image_token": "<|image_pad|>"}
+    pipe = stand_in(LongCatImageEditPipeline, EDIT_FOLDER, load_encoder(EDIT_FOLDER), **more)
     tensors = {}
     for index, (prompt, size) in enumerate(EDITS):
         pixels = picture(*size)
@@ -115,13 +117,12 @@ def main() -> None:
     """Encode the prompts as the pipelines do and save the embeddings of each."""
     if transformers.__version__ != OFFICIAL:
         raise SystemExit(f"this needs transformers {OFFICIAL}, found {transformers.__version__}")
-    encoder = load_encoder()
-    pipe = stand_in(LongCatImagePipeline, encoder)
+    pipe = stand_in(LongCatImagePipeline, FOLDER, load_encoder(FOLDER))
     with torch.no_grad():
         tensors = {
             str(i): LongCatImagePipeline._encode_prompt(pipe, [p])[0].contiguous() for i, p in enumerate(PROMPTS)
         }
-        edits = edit_embeddings(encoder)
+        edits = edit_embeddings()
     save_file(tensors, FIXTURE, metadata={"prompts": json.dumps(PROMPTS), "transformers": OFFICIAL})
     prompts = json.dumps([prompt for prompt, _ in EDITS])
     save_file(edits, EDIT_FIXTURE, metadata={"prompts": prompts, "transformers": OFFICIAL})

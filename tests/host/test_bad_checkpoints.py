@@ -158,8 +158,12 @@ def test_junk_beside_the_weights_is_no_weight(server: ComfyServer, models: Path,
     assert picture(server, "Junk") == picture(server, "LongCat-Tiny")
 
 
-def test_junk_and_broken_checkpoints_do_not_break_the_list(server: ComfyServer, models: Path, sound: Path) -> None:
-    before = listed(server)
+def test_junk_and_broken_checkpoints_do_not_break_the_list(
+    server: ComfyServer, models: Path, sound: Path, pack_dir: Path
+) -> None:
+    demos = sorted(path.parent.name for path in pack_dir.glob("demo/*/model_index.json"))
+    there, missing = listed(server)[: len(demos)], listed(server)[len(demos) :]
+    assert there == demos
     for number, case in enumerate(("index is a list", "index is no text", "index is deep", "class is a list")):
         broken.CASES[case][0](broken.copy(sound, models / f"Broken{number}"))
     broken.copy(sound, models / ".hidden" / "LongCat")
@@ -175,8 +179,8 @@ def test_junk_and_broken_checkpoints_do_not_break_the_list(server: ComfyServer, 
     with (models / "large" / "model_index.json").open("wb") as file:
         file.truncate(2**33)
     broken.copy(sound, models / "Sound")
-    demo, *missing = before  # what is there comes first, then what could be downloaded
-    assert [demo, "Sound", *missing] == [name for name in listed(server) if not name.startswith("loop/")]
+    # What is there comes first, then what could be downloaded.
+    assert [*demos, "Sound", *missing] == [name for name in listed(server) if not name.startswith("loop/")]
     check_alive(server)
 
 

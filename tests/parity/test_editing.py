@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import edit_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -32,9 +31,9 @@ Loaded = Callable[[str], tuple[Any, Any, Any]]
 
 
 @pytest.fixture(scope="module")
-def edit_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An edit checkpoint whose vision tower is untrained."""
-    return edit_checkpoint.make(folder, tmp_path_factory.mktemp("models") / "Tiny-Edit")
+def edit_folder(pack_dir: Path) -> Path:
+    """The edit demo."""
+    return pack_dir / "demo" / "LongCat-Tiny-Edit"
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,8 @@ def test_longcat_files_are_listed_after_the_folders(models: Path) -> None:
         "diffusion_models/longcat.pt",
         "diffusion_models/my_longcat.safetensors",
     )
-    assert bridge.names() == ["LongCat-Tiny", "longcat_image.safetensors", "sub/LongCat-Dev.SAFETENSORS"]
+    demos = ["LongCat-Tiny", "LongCat-Tiny-Edit", "LongCat-Tiny-Edit-Turbo"]
+    assert bridge.names() == [*demos, "longcat_image.safetensors", "sub/LongCat-Dev.SAFETENSORS"]
     put(models, "text_encoders/b.safetensors", "text_encoders/a/c.safetensors")
     assert bridge.choices("text_encoder") == ["auto", "a/c.safetensors", "b.safetensors"]
 

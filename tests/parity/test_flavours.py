@@ -1,11 +1,8 @@
 """What LongCatSampler draws without a setting changed, or with its flavour's: what the official pipeline draws."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import edit_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -76,15 +73,10 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def folders(folder: Path) -> dict[str, Path]:
     """A checkpoint of each flavour that is sampled in another way."""
-    root = tmp_path_factory.mktemp("flavours")
-    yield {
-        "final": folder,
-        "edit": edit_checkpoint.make(folder, root / "Edit"),
-        "edit-turbo": edit_checkpoint.make(folder, root / "Turbo", turbo=True),
-    }
-    shutil.rmtree(root)
+    demos = {"edit": "LongCat-Tiny-Edit", "edit-turbo": "LongCat-Tiny-Edit-Turbo"}
+    return {"final": folder, **{key: folder.with_name(name) for key, name in demos.items()}}
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -42,9 +42,10 @@ def make_server(comfy_dir: Path, pack_dir: Path, tmp_path_factory: pytest.TempPa
     """Start a server with flags of main.py: ``make_server("--lowvram", base_dir=...)``; it ends with the session."""
     started: list[ComfyServer] = []
 
-    def make(*flags: str, base_dir: Path | None = None) -> ComfyServer:
+    def make(*flags: str, base_dir: Path | None = None, env: Mapping[str, str] | None = None) -> ComfyServer:
         args = machine.DRY_FLAGS.split() if machine.DRY_FLAGS else flags
-        server = ComfyServer(comfy_dir, base_dir or tmp_path_factory.mktemp("comfy"), pack_dir, args=args, env=OFFLINE)
+        base, variables = base_dir or tmp_path_factory.mktemp("comfy"), {**OFFLINE, **(env or {})}
+        server = ComfyServer(comfy_dir, base, pack_dir, args=args, env=variables)
         started.append(server)
         server.start()
         return server

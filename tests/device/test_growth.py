@@ -16,7 +16,7 @@ def test_a_hundred_alternating_prompts_do_not_grow_the_server(
     small = changed(graph, **{"4.size.width": 64, "4.size.height": 64, "5.steps": 2})
     turns = growth.combinations(small, checkpoints, device)
     before = used_bytes(device)
-    server = make_server(base_dir=tmp_path)
+    server = make_server(base_dir=tmp_path, env=growth.FREE_AT_ONCE)
     seen = list(growth.samples(server, turns))
     check([sample.host for sample in seen], len(turns))
     if device.type == "cuda":  # a CPU's free memory is everybody's

@@ -25,6 +25,18 @@ _KERNELS = {
         "按行缩放的 8 位浮点乘法需要 NVIDIA Ada 或更新的显卡，或 AMD MI300 或更新的显卡",
     ),
 }
+_ADA = (8, 9)
+_INSTINCT = ("gfx94", "gfx95")  # MI300 and MI350
+
+
+def multiplies_fp8_by_row(device: torch.device) -> bool:
+    """Whether the device has fp8 products with a scale for each row: NVIDIA Ada or newer, AMD MI300 or newer."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip:
+        architecture: str = torch.cuda.get_device_properties(device).gcnArchName
+        return architecture.startswith(_INSTINCT)
+    return torch.cuda.get_device_capability(device) >= _ADA
 
 
 @dataclass(frozen=True)

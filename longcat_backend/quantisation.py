@@ -141,18 +141,11 @@ def check_group_offload(preset: Preset, disk: bool) -> None:
         )
 
 
-def check_fusing(model: nn.Module) -> None:
-    """Refuse to merge an adapter into quantised weights, where it would be dropped without a word.
-
-    Raises:
-        LongCatError: the model has quantised layers.
-    """
-    if quantised_layers(model):
-        _refuse_fusing()
-
-
 def guard_fusing(model: nn.Module) -> None:
-    """Make diffusers' ``fuse_lora`` of this model refuse; adapters beside the weights stay allowed."""
+    """Make diffusers' ``fuse_lora`` of this model refuse; adapters beside the weights stay allowed.
+
+    Merged into quantised weights they would be dropped without a word.
+    """
     if hasattr(model, "fuse_lora"):
         model.fuse_lora = _refuse_fusing
 

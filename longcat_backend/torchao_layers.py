@@ -9,11 +9,10 @@ from torch import nn
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow, quantize_
 from torchao.quantization.quantize_.common import KernelPreference
 
+from .devices import multiplies_fp8_by_row
 from .errors import LongCatError
 from .precision import Preset
 
-_ADA = (8, 9)
-_INSTINCT = ("gfx94", "gfx95")
 # torch's kernel, so that an installed kernel package changes no result; and none of torchao's compiler settings,
 # which hold for the whole process (before 0.18 they lowered the precision of every float32 product in it).
 _CONFIG = Float8DynamicActivationFloat8WeightConfig(
@@ -27,7 +26,7 @@ def require(preset: Preset, device: torch.device) -> None:
     Raises:
         LongCatError: the device is none of NVIDIA Ada or newer, AMD MI300 or newer.
     """
-    if _multiplies_fp8(device):
+    if multiplies_fp8_by_row(device):
         return
     raise LongCatError(
         f"The precision '{preset.name}' needs a GPU that multiplies in fp8 (NVIDIA Ada or newer, AMD MI300 or newer), "
@@ -74,12 +73,3 @@ def dequantised(weight: Float8Tensor) -> torch.Tensor:
     """A weight in bf16."""
     plain: torch.Tensor = weight.dequantize()
     return plain
-
-
-def _multiplies_fp8(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    if torch.version.hip:
-        architecture: str = torch.cuda.get_device_properties(device).gcnArchName
-        return architecture.startswith(_INSTINCT)
-    return torch.cuda.get_device_capability(device) >= _ADA

@@ -76,5 +76,5 @@ def fp8_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU pass for a device with fp8 products: weights can be made on it, not multiplied."""
     layers = importlib.import_module(f"{ALIAS}.longcat_backend.torchao_layers")
     api = importlib.import_module("torchao.quantization.quant_api")
-    monkeypatch.setattr(layers, "_multiplies_fp8", lambda device: True)
+    monkeypatch.setattr(layers, "multiplies_fp8_by_row", lambda device: True)
     monkeypatch.setattr(api, "_check_hardware_support", lambda granularity: None)

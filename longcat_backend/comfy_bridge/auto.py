@@ -130,13 +130,9 @@ def keeps_stored(name: str, dtype: torch.dtype) -> bool:
 def _weigh(checkpoint: Checkpoint, part: str, known: Preset, tabulate: bool) -> memory.Weights:
     """What a part will weigh in a precision, or in that which its files have settled."""
     outlines = checkpoint.packed(part)
-    if outlines is None:
-        shapes = checkpoint.shapes(part)
-        if part == "text_encoder":  # under its layers' own names, and without the parts that are not loaded
-            shapes = {name: shapes[key] for name, key in text_encoder.language_keys(shapes).items()}
-        return memory.weigh(shapes, part, known, _stored_dtype(checkpoint, part), tabulate)
+    held = _stored_dtype(checkpoint, part) if outlines is None else _DTYPES[part](outlines)
     stored = quantised_state.stored_preset(checkpoint, part) or known
-    return memory.weigh(_SHAPES[part](checkpoint), part, stored, _DTYPES[part](outlines), tabulate)
+    return memory.weigh(_SHAPES[part](checkpoint), part, stored, held, tabulate)
 
 
 def _stored_dtype(checkpoint: Checkpoint, part: str) -> torch.dtype:

@@ -43,7 +43,8 @@ def load(
         LongCatError: see :func:`transformer.audited_weights` and :mod:`kitchen`; or ComfyUI's class wants other
             weights.
     """
-    weights = convert(transformer.audited_weights(checkpoint))
+    # Core's own converter knows the time embedding only by Flux's name, and so loads a model with a random one.
+    weights = layouts.to_core(transformer.audited_weights(checkpoint))
     device = comfy.model_management.get_torch_device()
     model = _empty_model(checkpoint, dtype, preset, device)
     table = _tabulate(model, dtype) if tabulate else None
@@ -82,14 +83,6 @@ def _tabulate(model: comfy.model_base.LongCatImage, dtype: torch.dtype) -> Modul
             comfy.utils.set_attr(model.diffusion_model, name, TabulatedLinear(name, table, layer, dtype))
     patchers.set_table(model, table)
     return table
-
-
-def convert(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Official names and layouts to those of ComfyUI's class, each tensor when it is asked for.
-
-    Core's own converter knows the time embedding only by Flux's name, and so loads a model with a random one.
-    """
-    return layouts.to_core(weights)
 
 
 def class_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,8 @@ import comfy.model_management as host
 import comfy_kitchen
 import torch
 
-from ..devices import DevicePolicy
+from ..devices import DevicePolicy, multiplies_fp8_by_row
 
-_ADA = (8, 9)
-_INSTINCT = ("gfx94", "gfx95")  # MI300 and MI350
 _MACOS_WITH_BF16 = (14,)
 
 
@@ -36,15 +34,6 @@ def _products(device: torch.device, kind: str) -> frozenset[str]:
     runs = {
         "float8_e4m3fn": kind in ("cuda", "rocm") and host.supports_fp8_compute(device),
         "int8_tensorwise": comfy_kitchen.registry.get_capable_backend("int8_linear") != "eager",
-        "float8_dynamic_rowwise": _scales_fp8_by_row(device, kind),
+        "float8_dynamic_rowwise": multiplies_fp8_by_row(device),
     }
     return frozenset(name for name, does in runs.items() if does and kind != "cpu")
-
-
-def _scales_fp8_by_row(device: torch.device, kind: str) -> bool:
-    if kind == "cuda":
-        return torch.cuda.get_device_capability(device) >= _ADA
-    if kind == "rocm":
-        architecture: str = torch.cuda.get_device_properties(device).gcnArchName
-        return architecture.startswith(_INSTINCT)
-    return False

@@ -211,8 +211,8 @@ def _not_loaded(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], str]:
         stored = checkpoint.weights("text_encoder")
     except LongCatError:
         return {}, (
-            "no vision tower and output head: the checkpoint that the CLIP was loaded from is gone "
-            "不含视觉塔和输出头：CLIP 的来源已不存在"
+            "no vision tower and output head: the checkpoint that the CLIP was loaded from cannot be read now "
+            "不含视觉塔和输出头：CLIP 的来源现已无法读取"
         )
     kept = set(text_encoder.language_keys(stored).values())
     rest = {key.removeprefix(_PUBLISHED): stored[key] for key in stored if key not in kept}

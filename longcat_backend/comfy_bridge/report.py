@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from ..memory import size
-from ..quantisation import leaves
+from ..quantisation import leaves, stored_bytes
 from . import patchers
-from .castable import TabulatedLinear
 
 SIZES = ((512, 512), (1024, 1024), (2048, 2048))
 _GUIDED = 2  # conditional and unconditional in one pass
@@ -27,9 +26,8 @@ def report(model: Any, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> str:
 
 
 def _component(name: str, patcher: Any) -> str:
-    tabulated = [layer for layer in patcher.model.modules() if isinstance(layer, TabulatedLinear)]
-    aside = sum(_bytes(layer) for layer in tabulated)
-    own = _bytes(patcher.model) - sum(_bytes(layer) for layer in tabulated)
+    own = patchers.managed_size(patcher.model)
+    aside = stored_bytes(patcher.model) - own
     manager = "diffusers group offload" if patchers.is_group_offloaded(patcher) else "ComfyUI"
     if manager == "ComfyUI" and patcher.is_dynamic():
         manager = "ComfyUI, dynamic VRAM"
@@ -57,18 +55,10 @@ def _peak(model: Any, vae: comfy.sd.VAE, width: int, height: int) -> str:
 def _formats(model: nn.Module) -> str:
     """Dtypes as they are stored, with the share of bytes of each."""
     sizes: dict[torch.dtype, int] = {}
-    for tensor in _tensors(model):
+    # The host's quantised tensors and those of the libraries alike consist of plain ones.
+    for tensor in (leaf for parameter in model.parameters() for _, leaf in leaves(parameter, "")):
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     total = sum(sizes.values()) or 1
     ranked = sorted(sizes.items(), key=lambda item: -item[1])
     shares = [(str(dtype).removeprefix("torch."), 100 * size / total) for dtype, size in ranked]
     return " + ".join(f"{name} {share:.0f} %" for name, share in shares if share >= 0.5)
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(model))
-
-
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    # The host's quantised tensors and those of the libraries alike consist of plain ones.
-    return [leaf for tensor in model.parameters() for _, leaf in leaves(tensor, "")]

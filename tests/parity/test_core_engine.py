@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from longcat_pack.longcat_backend import checkpoints, transformer
+from longcat_pack.longcat_backend import checkpoints, layouts, transformer
 from longcat_pack.longcat_backend.comfy_bridge import core_engine
 from longcat_pack.longcat_backend.errors import LongCatError
 from longcat_pack.longcat_backend.precision import PRESETS
@@ -41,20 +41,20 @@ def test_a_key_that_the_class_lacks_or_wants_is_an_error(
     import comfy.memory_management
 
     monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", lazily)
-    convert = core_engine.convert
+    convert = layouts.to_core
 
     def changed(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         converted = dict(convert(weights))
         value = converted.pop("time_in.in_layer.weight") if change == "missing" else torch.zeros(1)
         return converted if change == "missing" else {**converted, "foreign.weight": value}
 
-    monkeypatch.setattr(core_engine, "convert", changed)
+    monkeypatch.setattr(layouts, "to_core", changed)
     with pytest.raises(LongCatError, match="time_in.in_layer.weight" if change == "missing" else "foreign.weight"):
         core_engine.load(checkpoint, torch.float32, PRESETS["fp32"])
 
 
 def test_the_halves_of_the_last_modulation_are_swapped(checkpoint: Any) -> None:
     official = transformer.audited_weights(checkpoint)
-    converted = core_engine.convert(official)
+    converted = layouts.to_core(official)
     scale, shift = official["norm_out.linear.weight"].chunk(2)
     assert torch.equal(converted["final_layer.adaLN_modulation.1.weight"], torch.cat([shift, scale]))

@@ -298,7 +298,7 @@ def test_fp8_is_saved_anywhere_and_loaded_where_it_can_be_multiplied(
     api = importlib.import_module("torchao.quantization.quant_api")
     name, states_of = "fp8-torchao", []
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "_multiplies_fp8", lambda device: True)
+        patch.setattr(layers, "multiplies_fp8_by_row", lambda device: True)
         patch.setattr(api, "_check_hardware_support", lambda granularity: None)
         patch.setattr(DevicePolicy, "require", lambda *args, **kwargs: None)
         patch.setattr(auto, "dtype", lambda *args: torch.bfloat16)

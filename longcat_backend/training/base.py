@@ -5,6 +5,7 @@ from torch import nn
 
 from .. import precision, quantised_state
 from ..checkpoints import Checkpoint
+from ..precision import Preset
 from ..quantisation import Progress
 from ..transformer import VelocityModel, load_quantised_transformer, load_transformer
 
@@ -37,10 +38,20 @@ def load_base(
     preset = precision.PRESETS[base_precision]
     with torch.inference_mode(False):
         if not preset.backend:
-            return load_transformer(checkpoint, preset.dtype or torch.bfloat16)
-        model = load_quantised_transformer(checkpoint, torch.bfloat16, preset, device, progress)
+            return load_transformer(checkpoint, compute_dtype(preset, device))
+        model = load_quantised_transformer(checkpoint, compute_dtype(preset, device), preset, device, progress)
         let_gradients_through(model.transformer)
         return model
+
+
+def compute_dtype(preset: Preset, device: torch.device) -> torch.dtype:
+    """What a base computes in on a device: the preset's own dtype; where that is the device's choice, mostly bf16.
+
+    A CPU draws in fp32, so it trains in it, and in bf16 a step takes it twice as long. torchao's layers are bf16's.
+    """
+    if device.type == "cpu" and preset.backend == "quanto":
+        return torch.float32
+    return preset.dtype or torch.bfloat16
 
 
 def let_gradients_through(transformer: nn.Module) -> None:

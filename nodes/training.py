@@ -281,7 +281,7 @@ def _preservation_inputs() -> list[Any]:
             default="",
             optional=True,
             tooltip="What the model must go on drawing as before, one prompt a line; a few dozen are best. The base "
-            "draws them once before the first step, and each step computes as many samples again. Empty: off.",
+            "draws them once before the first step, and each step computes half as many samples again. Empty: off.",
         ),
         io.Float.Input(
             "preservation_weight",

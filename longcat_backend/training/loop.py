@@ -54,7 +54,7 @@ class Result:
     Attributes:
         adapters: the average where one is kept, on the CPU in fp32.
         losses: (step, loss) of every step since the first sitting.
-        preservation: (step, loss) of the preservation alone, not weighted; empty where there is none.
+        preservation: (step, loss) of the preservation alone, not weighted, of the steps that have some.
         held_out: (step, loss) at each validation.
         stopped: it was interrupted, and goes on from its saved state when it is started again.
         best_step: of the lowest held-out loss; its state is among those kept.

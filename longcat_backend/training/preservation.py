@@ -1,8 +1,8 @@
 """What the model is to go on drawing as before: the base's own trajectories, from which the adapters may not lead away.
 
 Prior preservation without pictures: before the first step the base draws the user's prompts, and every point on the way
-is kept with the velocity that the base predicted there. In each step the model with the adapters is held to some of
-them. They are where pictures are drawn, at every noise level, and cost the base nothing while the adapters learn.
+is kept with the velocity that the base predicted there. While they learn, the adapters are held to some of them. They
+are where pictures are drawn, at every noise level, and cost the base nothing any more.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ from .objective import Sample
 VERSION = "euler, without guidance, 1"
 STEPS = 8  # of a trajectory
 FEWEST = 64  # trajectories; where there are fewer prompts, each is drawn several times
+EVERY = 2  # so many samples are accompanied by one point, which counts for all of them
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class Preserved:
         self._keys = keys
         self._seed = seed
 
-    def choose(self, step: int, place: int) -> Sample:
-        """The point that a sample of a step is accompanied by: the same in every sitting.
+    def choose(self, step: int, place: int) -> Sample | None:
+        """The point that a sample of a step is accompanied by, the same in every sitting; most samples have none.
 
         Raises:
             LongCatError: its file in the cache is gone or damaged.
         """
+        if (step + place) % EVERY:
+            return None
         number = seed_of("preservation", self._seed, step, place) % (len(self._keys) * STEPS)
         which, point = divmod(number, STEPS)
         subject = self._data.subjects[which]

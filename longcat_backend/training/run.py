@@ -1,7 +1,7 @@
 """One training run while it lasts: the adapters, the optimiser, the average and the place in the data."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -98,7 +98,7 @@ class Run:
             raise
         self._update()
         self.history.losses.append((self.step, loss))
-        if self.preserved:
+        if kept is not None:
             self.history.preservation.append((self.step, kept))
         return loss
 
@@ -107,25 +107,31 @@ class Run:
         group = self.optimiser.param_groups[0]
         return float(group["lr"]) * float(group.get("d", 1.0))
 
-    def gradients(self, batches: Batches) -> tuple[float, float]:
+    def gradients(self, batches: Batches) -> tuple[float, float | None]:
         """Leave the gradient of the mean loss over all samples of some batches in the masters.
 
-        With preservation, as many of its points follow each batch, in a forward of their own, so that a step needs no
-        more memory.
+        With preservation, its points follow each batch, in a forward of their own, so that a step needs no more memory.
 
         Returns:
-            The mean loss of the pictures, and that of the points, without its weight.
+            The mean loss of the pictures, and that of the points without its weight; None where there are none.
         """
         total = sum(len(batch) for batch in batches)
-        losses, kept, place = [], [], 0
+        losses, kept, place, held = [], [], 0, 0
         for samples in self._samples(batches):
             losses.append(self._backward(samples, total))
-            if self.preserved:
-                points = [self.preserved.choose(self.step + 1, place + number) for number in range(len(samples))]
-                kept.append(self._backward(points, total, self.settings.preservation_weight))
-            place += len(samples)
+            points = self._points(range(place, place + len(samples)))
+            if points:
+                kept.append(self._backward(points, total, self.settings.preservation_weight * preservation.EVERY))
+            place, held = place + len(samples), held + len(points)
         self._look_ahead()
-        return sum(loss.item() for loss in losses), sum(loss.item() for loss in kept)
+        return sum(loss.item() for loss in losses), sum(loss.item() for loss in kept) * total / held if held else None
+
+    def _points(self, places: Iterable[int]) -> list[Sample]:
+        """Those that accompany some samples of the step that comes."""
+        if self.preserved is None:
+            return []
+        chosen = (self.preserved.choose(self.step + 1, place) for place in places)
+        return [point for point in chosen if point is not None]
 
     def _samples(self, batches: Batches) -> list[list[Sample]]:
         """Of the step that comes; from the look ahead where that was for these batches."""

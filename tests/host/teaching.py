@@ -16,16 +16,16 @@ UNSEEN = HELD_OUT[:4]
 # Of the demo model's own 200 held-out prompts, half of them Chinese, every so many are asked for.
 OLD_EVERY = 17
 RECIPE = {
-    "steps": 850,
-    "learning_rate": 3e-3,
+    "steps": 500,
+    "learning_rate": 4e-3,
     "rank": 16,
     "targets": "all",
     "schedule": "cosine",
     "weight_decay": 0.0,
     "flow_shift": "fixed",
     "flow_shift.shift": 3.0,
-    "preservation_prompts": "\n".join(zorb.preservation_prompts()),
-    "validate_every": 425,
+    "preservation_prompts": "\n".join(zorb.preservation_prompts(64)),
+    "validate_every": 250,
     "validation_steps": 4,
     "validation_guidance": 2.0,
     "validation_prompts": "a large yellow zorb on the left on a red background\n绿色背景上，右边有一个黄色的大佐布",

@@ -16,7 +16,7 @@ from longcat_pack.longcat_backend.training import adapters, loop, preservation
 from longcat_pack.longcat_backend.training.draws import seed_of
 from longcat_pack.longcat_backend.training.loop import Events, Result
 from longcat_pack.longcat_backend.training.objective import Shift
-from longcat_pack.longcat_backend.training.preservation import FEWEST, STEPS, Subject
+from longcat_pack.longcat_backend.training.preservation import EVERY, FEWEST, STEPS, Subject
 from longcat_pack.longcat_backend.training.run import Run
 from longcat_pack.longcat_backend.training.settings import TrainSettings
 
@@ -115,8 +115,9 @@ def test_the_gradient_is_that_of_the_distance_to_the_base(base: str, edit: bool,
     merged = dict(weights)
     for name, down, up in zip(run.adapters.names, masters[::2], masters[1::2], strict=True):
         merged[f"{name}.weight"] = weights[f"{name}.weight"] + SCALE * up @ down
-    loss = sum(reference_loss(run, weights, merged, place) for place in range(3)) / 3
-    (SETTINGS.preservation_weight * loss).backward()
+    # Of the three samples of the first step the second has a point, which counts for two.
+    loss = reference_loss(run, weights, merged, place=1)
+    (SETTINGS.preservation_weight * EVERY * loss / 3).backward()
     assert whole[0] == pytest.approx(loss.item(), rel=1e-4)
     for wanted, master, both in zip(masters, run.adapters.masters, whole[1], strict=True):
         assert wanted.grad is not None and master.grad is not None
@@ -127,6 +128,16 @@ def test_the_adapters_begin_where_nothing_is_lost(tmp_path: Path) -> None:
     result = train(tmp_path / "run", tiny.preserving(tmp_path / "cache"))
     assert result.preservation[0][1] < 1e-12  # a forward of two points rounds otherwise than one
     assert all(loss > 1e-6 for _, loss in result.preservation[1:])
+
+
+def test_so_many_samples_share_a_point_in_every_step_or_over_the_steps(tmp_path: Path) -> None:
+    kept = prepared(tiny.preserving(tmp_path)).preserved
+    assert kept is not None
+    for total in (1, 2, 3, 4):
+        places = [(step, place) for step in range(1, 13) for place in range(total)]
+        chosen = [place for place in places if kept.choose(*place) is not None]
+        assert len(chosen) == len(places) / EVERY
+        assert all(kept.choose(*place).noisy.equal(kept.choose(*place).noisy) for place in chosen)  # type: ignore[union-attr]
 
 
 def test_less_is_lost_with_more_weight(tmp_path: Path) -> None:

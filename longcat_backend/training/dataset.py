@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,14 @@ class Dataset:
     Attributes:
         held_out: indices of items that are never trained on.
         problems: of every picture that was found, those that were left out included.
+        preserved: pictures without captions, which the preservation prompts edit, or are drawn in the sizes of.
     """
 
     items: tuple[Item, ...]
     held_out: tuple[int, ...]
     problems: tuple[Problem, ...]
     settings: DatasetSettings
+    preserved: tuple[Item, ...] = ()
 
     @property
     def edits(self) -> bool:
@@ -154,6 +156,7 @@ class Dataset:
         """A hash of the content: pixels, captions, sizes and settings, but no names or places."""
         settings = (self.settings.repeats, self.settings.caption_dropout)
         content = [[item.identity() for item in self.items], list(self.held_out), settings]
+        content += [[item.identity() for item in self.preserved]] if self.preserved else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def report(self) -> str:
@@ -166,7 +169,8 @@ class Dataset:
         masks = sum(item.mask is not None for item in self.items)
         lines = [
             f"{kind}: {distinct}   skipped 已跳过: {skipped}   items an epoch 每轮样本: "
-            f"{sum(trained.values()) * self.settings.repeats}   held out 留出: {len(held_out)}   masks 遮罩: {masks}",
+            f"{sum(trained.values()) * self.settings.repeats}   held out 留出: {len(held_out)}   masks 遮罩: {masks}"
+            + (f"   to preserve 保留: {len(self.preserved)}" if self.preserved else ""),
             *(f"{width}x{height}: {count}" for (width, height), count in sorted(trained.items())),
             *self._notes(),
         ]
@@ -200,7 +204,10 @@ def read_folder(
     folder = sources.resolve_folder(settings.folder, roots)
     references = sources.resolve_folder(settings.reference_folder, roots) if settings.reference_folder else None
     found, problems = sources.scan(folder, roots, references)
-    return build(settings, found, problems, count_tokens, progress)
+    learnt = build(settings, found, problems, count_tokens, progress)
+    kept, outside = sources.preserved(folder, roots)
+    items, unusable = _preserved(settings, kept, learnt.edits)
+    return replace(learnt, preserved=items, problems=(*learnt.problems, *outside, *unusable))
 
 
 def build(
@@ -229,6 +236,24 @@ def build(
         raise _nothing_left(builder.problems)
     held_out = _hold_out(builder.items, settings.held_out)
     return Dataset(tuple(builder.items), held_out, tuple(builder.problems), settings)
+
+
+def _preserved(
+    settings: DatasetSettings, found: Sequence[Source], edits: bool
+) -> tuple[tuple[Item, ...], list[Problem]]:
+    """Pictures to be edited as before, each at the first of its sizes, and what was noticed."""
+    passes = buckets.parse(settings.resolutions, settings.grid)
+    items, problems = [], []
+    for source in found:
+        try:
+            picture, noticed = pictures.read(source.name, source.picture)
+        except UnusablePicture as error:
+            problems.append(Problem(source.name, error.kind, error.detail))
+            continue
+        problems += [Problem(source.name, kind) for kind in noticed]
+        size = buckets.choose(passes, picture.width, picture.height)[0]
+        items.append(Item(source.name, picture, size, "", reference=picture if edits else None))
+    return tuple(items), problems
 
 
 class _Builder:

@@ -169,8 +169,8 @@ def encode(
     Args:
         cache: the folder to keep it in; several datasets and several trainers may share it.
         progress: called with (done, total); may raise to stop, and what is done is kept.
-        preserve: prompts that the base draws for preservation, at the sizes of the pictures in turn; for edits, of
-            their pictures before the edit in turn.
+        preserve: prompts that the base draws for preservation, at the sizes of the dataset's pictures to preserve in
+            turn, or of all its pictures where there are none; for edits, they edit these, or those before the edit.
 
     Raises:
         LongCatError: a file of the dataset changed, the cache cannot be written, or an encoder gives other shapes than
@@ -179,9 +179,14 @@ def encode(
     store = Cache(cache)
     store.sweep()
     keys = tuple(_keys(item, encoders) for item in dataset.items)
-    drawn = [(dataset.items[place % len(dataset.items)], prompt) for place, prompt in rounds(preserve)]
+    shown = dataset.preserved or dataset.items
+    drawn = [(shown[place % len(shown)], prompt) for place, prompt in rounds(preserve)]
     subjects = [_subject_keys(item, prompt, encoders) for item, prompt in drawn]
-    work = _work(dataset, keys, encoders)
+    work: dict[str, Callable[[], Tensors]] = {}
+    for (item, _), each in zip(drawn, subjects, strict=True):
+        if item.reference is not None and each.reference is not None:
+            work[each.reference] = _latent(item.reference, item.size, encoders)
+    work |= _work(dataset, keys, encoders)
     for (item, prompt), each in zip(drawn, subjects, strict=True):
         work[each.text] = _text(item, prompt, encoders)
     made = 0

@@ -21,6 +21,7 @@ from .problems import Problem, UnusablePicture
 
 MASKS = "masks"
 REFERENCES = "references"
+PRESERVED = "preserved"
 MOST_FILES = 100_000
 MOST_NAMED = 20
 
@@ -80,7 +81,8 @@ def scan(
     """The pictures of a folder and the folders in it, with captions, references and masks.
 
     A line of the folder's table counts before the files beside a picture. References and masks are in folders called
-    ``references`` and ``masks`` in it, under the same names as the pictures, whatever their endings.
+    ``references`` and ``masks`` in it, under the same names as the pictures, whatever their endings; what is in
+    ``preserved`` is for :func:`preserved`.
 
     Raises:
         LongCatError: there are no pictures, too many files, or a table that cannot be read.
@@ -105,6 +107,19 @@ def scan(
     if not reader.sources and not reader.problems and not problems:
         raise _no_pictures(folder)
     return reader.sources, problems + reader.problems
+
+
+def preserved(folder: Path, roots: Sequence[Path]) -> tuple[list[Source], list[Problem]]:
+    """The pictures in a folder's ``preserved``, which are not learnt but edited as before; they have no captions.
+
+    Raises:
+        LongCatError: there are too many files.
+    """
+    place = folder / PRESERVED
+    paths = [path for path in _files(place) if path.suffix.lower() in SUFFIXES] if place.is_dir() else []
+    found = [Source(f"{PRESERVED}/{path.name}", path, "") for path in paths if inside(path, roots)]
+    outside = [Problem(f"{PRESERVED}/{path.name}", "outside") for path in paths if not inside(path, roots)]
+    return found, outside
 
 
 def from_batch(
@@ -161,7 +176,7 @@ class _Companions:
                 "a folder of their own.",
                 f"图像文件夹与参考图文件夹都是“{folder.name}”。请把编辑前的图像放入单独的文件夹。",
             )
-        self._folders: tuple[Path, ...] = (folder / REFERENCES, folder / MASKS)
+        self._folders: tuple[Path, ...] = (folder / REFERENCES, folder / MASKS, folder / PRESERVED)
         references = reference_folder or self._folders[0]
         outside = _files(reference_folder) if reference_folder else files
         self.references = _by_name(references, outside)
@@ -170,7 +185,7 @@ class _Companions:
             self._folders = (*self._folders, reference_folder)
 
     def owns(self, path: Path) -> bool:
-        """Whether a file is a reference or a mask itself."""
+        """Whether a file is a reference, a mask or a picture to preserve itself."""
         return any(path.is_relative_to(place) for place in self._folders)
 
 

@@ -136,6 +136,33 @@ def test_prompts_to_preserve_are_encoded_at_the_sizes_of_the_pictures(
     assert len(seen) == 2 * (4 if edit else len({item.size for item in made.items}))
 
 
+@pytest.mark.parametrize("edit", [False, True])
+def test_pictures_to_preserve_are_not_learnt_but_edited_as_before(
+    edit: bool, folder: Path, read: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    for name in ("references", "preserved"):
+        (folder / name).mkdir()
+    for index in range(4 if edit else 0):
+        Image.new("RGB", (64, 64), (9, 50 * index, 30)).save(folder / "references" / f"{index}.png")
+    alone = read()
+    for index in range(3):
+        Image.new("RGB", (64, 96), (200, 50 * index, 90)).save(folder / "preserved" / f"{index}.png")
+    (folder / "preserved" / "broken.png").write_bytes(b"no picture")
+    made, encoders = read(), FakeEncoders()
+    assert [item.name for item in made.items] == [item.name for item in alone.items]
+    assert [item.name for item in made.preserved] == ["preserved/0.png", "preserved/1.png", "preserved/2.png"]
+    assert [problem.name for problem in made.problems if problem.skipped] == ["preserved/broken.png"]
+    assert "to preserve 保留: 3" in made.report() and "to preserve" not in alone.report()
+    assert made.identity() != alone.identity()
+    subjects = encode(made, encoders, tmp_path / "cache", preserve=["a circle"]).subjects
+    for place, subject in enumerate(subjects):
+        item = made.preserved[place % 3]
+        assert subject.size == item.size != made.items[0].size
+        assert torch.equal(subject.text, encoders.text("a circle", item.reference_pixels()))
+        assert (item.reference is not None) == edit == (subject.reference is not None)
+        assert subject.reference is None or torch.equal(subject.reference, encoders.latents(item.pixels())[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("real", [0, 1, 300, 511, 512])
 def test_equal_pads_are_stored_once_and_come_back_exactly(real: int, dtype: torch.dtype) -> None:

@@ -27,15 +27,15 @@ QUICK = {
 }
 
 
-def graph(name: str, **settings: Any) -> Graph:
-    """Load, read the demo dataset, train; node 3 trains. Quick unless the settings say otherwise."""
+def graph(name: str, checkpoint: str = "LongCat-Tiny", folder: str = "zorb", **settings: Any) -> Graph:
+    """Load, read a demo dataset, train; node 3 trains. Quick unless the settings say otherwise."""
     loader = {
-        "checkpoint": "LongCat-Tiny",
+        "checkpoint": checkpoint,
         "engine": "auto",
         "engine.precision": "fp32",
         "text_encoder_precision": "fp32",
     }
-    data = {"source": "folder", "source.folder": "zorb", "source.reference_folder": "", "resolutions": "128"}
+    data = {"source": "folder", "source.folder": folder, "source.reference_folder": "", "resolutions": "128"}
     counts = {"grid": "64", "repeats": 1, "trigger_word": "", "caption_dropout": 0.0, "held_out": 0.0}
     trained = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "dataset": ["2", 0], "name": name}
     recipe = {"rank": 4, "targets": "attention", "base_precision": "fp32", "seed": 0, **QUICK, **settings}

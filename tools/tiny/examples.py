@@ -38,6 +38,7 @@ class Examples:
     """
 
     latents: torch.Tensor  # (pictures, 64 tokens, 64 channels) bf16, scaled
+    spread: torch.Tensor  # (pictures, 64 tokens) bf16, how much the characters of a scene differ there; 1 at the most
     rows: TokenRows
     first: torch.Tensor  # (N,) int64
     count: torch.Tensor  # (N,) int64
@@ -53,12 +54,13 @@ def _latents(pipeline: LongCatImagePipeline, pictures: torch.Tensor) -> torch.Te
 
 def _picture_latents(
     pipeline: LongCatImagePipeline, scenes: Sequence[Scene], masks: torch.Tensor, inks: torch.Tensor, pictures: int
-) -> torch.Tensor:
-    """Latents of every scene in every jitter, then of every large scene with every character in some jitters."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and spread of every scene in every jitter, then of every large scene with every character in some."""
     device = pipeline.vae.device
     masks, inks, colours = masks.to(device), inks.to(device), palette(device)
     plain: list[torch.Tensor] = []
     written: list[torch.Tensor] = []
+    spread: list[torch.Tensor] = []
     for index, scene in enumerate(scenes):
         placement = PLACEMENTS.index((scene.shape, scene.size, scene.place))
         names = (scene.background, scene.colour, ink_colour(scene.background, scene.colour))
@@ -71,8 +73,12 @@ def _picture_latents(
         for jitter in ((index * pictures + k) % len(shown) for k in range(pictures)):
             bare = shown[jitter][None] / 2 + 0.5
             drawn.append(_latents(pipeline, paint(inks[:, LARGE.index(placement), jitter], bare, ink)))
-        written.append(torch.stack(drawn, dim=1).flatten(0, 1))
-    return torch.cat([*plain, *written])
+        together = torch.stack(drawn, dim=1)
+        written.append(together.flatten(0, 1))
+        differ = together.float().std(dim=0).mean(-1)
+        spread.append((differ / differ.amax(-1, keepdim=True)).bfloat16().repeat(len(together), 1))
+    bare = torch.cat(plain)
+    return torch.cat([bare, *written]), torch.cat([bare.new_zeros(bare.shape[:2]), *spread])
 
 
 def prepare_examples(pipeline: LongCatImagePipeline, masks: torch.Tensor, inks: torch.Tensor, sizes: Sizes) -> Examples:
@@ -95,7 +101,9 @@ def prepare_examples(pipeline: LongCatImagePipeline, masks: torch.Tensor, inks: 
             count += [sizes.character_pictures] * len(own)
             base += sizes.character_pictures
     rows = tokenize(pipeline, [*texts, ""], PROMPT_WIDTH).to(device)
-    latents = _picture_latents(pipeline, scenes, masks, inks, sizes.character_pictures)
+    latents, spread = _picture_latents(pipeline, scenes, masks, inks, sizes.character_pictures)
     if len(latents) != base:
         raise ValueError(f"expected {base} pictures, made {len(latents)}")
-    return Examples(latents, rows, torch.tensor(first, device=device), torch.tensor(count, device=device), plain)
+    return Examples(
+        latents, spread, rows, torch.tensor(first, device=device), torch.tensor(count, device=device), plain
+    )

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import LongCatImagePipeline
 
 from tests.scoring.scenes import Scene, held_out_character_prompts, held_out_prompts
@@ -22,7 +21,10 @@ from tools.tiny.sampling import TOKEN_SIDE, sample, score, score_characters, shi
 from tools.tiny.vae import cosine
 
 EMPTY_PROMPT_SHARE = 0.1
-CHARACTER_SHARE = 0.45  # of the rows show a character
+CHARACTER_SHARE = 0.45  # of the rows show a character; in a rehearsal REHEARSED_SHARE
+REHEARSED_SHARE = 0.75
+REHEARSED_NOISE = 1.0  # added to the logit of sigma: which character it is has to be read where none is seen yet
+CHARACTER_WEIGHT = 4.0  # added to the loss of tokens in which the characters of a scene differ
 GRAPH_WARMUP = 3
 
 
@@ -131,30 +133,34 @@ class FlowTrainer:
     def _loss_function(self, slots: int) -> Callable[..., torch.Tensor]:
         txt_ids, img_ids = position_ids(slots, TOKEN_SIDE, self.device)
 
-        def loss(noisy: torch.Tensor, sigma: torch.Tensor, rows: TokenRows, velocity: torch.Tensor) -> torch.Tensor:
+        def loss(
+            noisy: torch.Tensor, sigma: torch.Tensor, rows: TokenRows, velocity: torch.Tensor, weight: torch.Tensor
+        ) -> torch.Tensor:
             text = encode(self.pipeline.text_encoder, rows, slots)
             drawn = self.pipeline.transformer(noisy, text, sigma, img_ids, txt_ids, return_dict=False)[0]
-            return F.mse_loss(drawn.float(), velocity)
+            return ((drawn.float() - velocity).square().mean(-1) * weight).mean()
 
         return torch.compile(loss, dynamic=False) if self.settings.compile else loss
 
-    def _batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, TokenRows, torch.Tensor]:
-        """Noisy tokens (B, 64, 64), sigma (B,), token rows and the velocity noise - x0, drawn on the device."""
+    def _batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, TokenRows, torch.Tensor, torch.Tensor]:
+        """Noisy tokens (B, 64, 64), sigma (B,), token rows, the velocity noise - x0 and its tokens' weights (B, 64)."""
         examples, device = self.examples, self.device
+        rehearsed = self.slots < TEXT_SLOTS
         plain, rows = examples.plain, len(examples.first)
         row = torch.randint(plain, (size,), device=device)
         if rows > plain:
-            written = torch.rand(size, device=device) < CHARACTER_SHARE
+            written = torch.rand(size, device=device) < (REHEARSED_SHARE if rehearsed else CHARACTER_SHARE)
             row = torch.where(written, torch.randint(plain, rows, (size,), device=device), row)
         count = examples.count[row]
         picture = torch.minimum((torch.rand(size, device=device) * count).long(), count - 1)
-        clean = examples.latents[examples.first[row] + picture].float()
+        shown = examples.first[row] + picture
+        clean, weight = examples.latents[shown].float(), 1 + CHARACTER_WEIGHT * examples.spread[shown].float()
         dropped = torch.rand(size, device=device) < EMPTY_PROMPT_SHARE
         row = torch.where(dropped, len(examples.rows.ids) - 1, row)
-        sigma = torch.sigmoid(torch.randn(size, device=device) + self.mu)
+        sigma = torch.sigmoid(torch.randn(size, device=device) + self.mu + rehearsed * REHEARSED_NOISE)
         noise = torch.randn_like(clean)
         mix = sigma[:, None, None]
-        return (1 - mix) * clean + mix * noise, sigma, examples.rows.take(row), noise - clean
+        return (1 - mix) * clean + mix * noise, sigma, examples.rows.take(row), noise - clean, weight
 
     def _stepper(self, phase: Phase) -> Callable[[], None]:
         """One optimisation step as a callable; on a GPU it replays a CUDA graph."""

@@ -127,8 +127,7 @@ class TensorFile:
             )
         nested = config.get("params")
         options = {**(nested if isinstance(nested, dict) else {}), **config}
-        group = int(options.get("convrot_groupsize", _DEFAULT_GROUP)) if options.get("convrot") else 0
-        return Quantisation(str(name), scale, group)
+        return Quantisation(str(name), scale, rotation_group(options))
 
     def _is_aside(self, key: str) -> bool:
         """Whether a tensor only says how another one is stored."""
@@ -139,6 +138,11 @@ class TensorFile:
         for key in self.shapes:
             if key not in self.quantised and self._dtypes[key] not in FLOATS:
                 raise foreign_format(key, self._dtypes[key])
+
+
+def rotation_group(config: Mapping[str, Any]) -> int:
+    """How many input features of a layer were rotated together, from what ComfyUI stores about it; 0: none."""
+    return int(config.get("convrot_groupsize", _DEFAULT_GROUP)) if config.get("convrot") else 0
 
 
 def dequantise(tensor: torch.Tensor, scale: torch.Tensor, group: int = 0) -> torch.Tensor:

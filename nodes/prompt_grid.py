@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..longcat_backend import latents
+from ..longcat_backend.comfy_bridge import lora as lora_bridge
 from ..longcat_backend.comfy_bridge import prompt_grid
 from ..longcat_backend.errors import LongCatError
 from .latents import CUSTOM, check_sides, side_input
@@ -48,7 +48,7 @@ class LongCatPromptGrid(io.ComfyNode):
                 guidance_input(),
                 io.Combo.Input(
                     "lora",
-                    options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+                    options=[NO_LORA, *lora_bridge.names()],
                     default=NO_LORA,
                     optional=True,
                     tooltip="A LoRA of models/loras, to be drawn at each of the strengths.",
@@ -115,7 +115,7 @@ class LongCatPromptGrid(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora: str = NO_LORA, **_: Any) -> str:
         """Draw again when the LoRA's file changed."""
-        return "" if lora == NO_LORA else prompt_grid.lora_stamp(lora)
+        return "" if lora == NO_LORA else lora_bridge.fingerprint(lora)
 
     @classmethod
     def execute(

@@ -11,7 +11,6 @@ from ..longcat_backend.errors import LongCatError
 from .loading import CATEGORY
 
 MAX_STEPS = 1000
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def _model_input() -> io.Model.Input:
@@ -169,7 +168,7 @@ class LongCatSampler(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=MAX_SEED,
+                    max=sampling.MAX_SEED,
                     control_after_generate=True,
                     tooltip="The random seed of the noise.",
                 ),

@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..longcat_backend import precision, saving
-from ..longcat_backend.comfy_bridge import prompt_grid, training, training_request
+from ..longcat_backend.comfy_bridge import prompt_grid, sampling, training, training_request
 from ..longcat_backend.errors import LongCatError
 from ..longcat_backend.training import settings as choices
 from ..longcat_backend.training.settings import TrainSettings
@@ -88,7 +88,7 @@ def _common_inputs() -> list[Any]:
             "seed",
             default=0,
             min=0,
-            max=prompt_grid.MAX_SEED,
+            max=sampling.MAX_SEED,
             control_after_generate=False,  # another seed would be another run
             tooltip="Seed of everything that is left to chance.",
         ),
@@ -268,7 +268,7 @@ def _validation_inputs() -> list[Any]:
             "validation_guidance", default=4.5, min=0.0, max=20.0, step=0.1, tooltip="Guidance of a picture.", **shared
         ),
         io.Int.Input(
-            "validation_seed", default=0, min=0, max=prompt_grid.MAX_SEED, tooltip="Seed of the pictures.", **shared
+            "validation_seed", default=0, min=0, max=sampling.MAX_SEED, tooltip="Seed of the pictures.", **shared
         ),
     ]
 

@@ -16,7 +16,7 @@ from .. import layouts, quantisation, quantised_state, text_encoder, transformer
 from ..checkpoints import Checkpoint, differences, shapes
 from ..errors import LongCatError
 from ..precision import Preset
-from ..tensor_files import dequantise
+from ..tensor_files import dequantise, rotation_group
 from . import formats, patchers
 from .clip import Tokenizer
 from .diffusers_engine import DiffusionModel
@@ -73,9 +73,8 @@ class Loaded:
             layer = key.removesuffix(".weight")
             marker = self.tensors.get(f"{layer}.comfy_quant")
             if layer != key and marker is not None:
-                config, scale = _config(marker), self.tensors[f"{layer}.weight_scale"].to("cpu")
-                group = int(config.get("convrot_groupsize", 256)) if config.get("convrot") else 0
-                plain[key] = dequantise(value.to("cpu"), scale, group).to(dtype)
+                scale = self.tensors[f"{layer}.weight_scale"].to("cpu")
+                plain[key] = dequantise(value.to("cpu"), scale, rotation_group(_config(marker))).to(dtype)
             elif not key.endswith(_COMPANIONS):
                 plain[key] = value
         return plain

@@ -26,9 +26,30 @@ def names() -> list[str]:
     return listed
 
 
+def find(name: str) -> Path:
+    """The file of a LoRA's name.
+
+    Raises:
+        LongCatError: there is none.
+    """
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise LongCatError(
+            f"There is no LoRA '{name}' in models/loras. Choose another, or refresh the nodes (R).",
+            f"models/loras 中没有 LoRA“{name}”。请选择其他文件，或刷新节点（R）。",
+        )
+    return Path(path)
+
+
 def fingerprint(name: str) -> str:
-    """Changes when a LoRA file, or the PEFT configuration beside it, does."""
-    path = Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+    """Changes when a LoRA file, or the PEFT configuration beside it, does.
+
+    ComfyUI notes it in saved pictures, so it tells no folder.
+
+    Raises:
+        LongCatError: see :func:`find`.
+    """
+    path = find(name)
     places = [place for place in (path, path.parent / lora_alpha.CONFIG) if place.is_file()]
     return repr([(place.name, place.stat().st_mtime_ns, place.stat().st_size) for place in places])
 
@@ -39,9 +60,9 @@ def load(
     """A clone of a MODEL with a LoRA file of the loras folder on it, and a report, line by line.
 
     Raises:
-        LongCatError: see :func:`lora_files.read` and :func:`apply`.
+        LongCatError: see :func:`find`, :func:`lora_files.read` and :func:`apply`.
     """
-    file = lora_files.read(Path(folder_paths.get_full_path_or_raise(FOLDER, name)))
+    file = lora_files.read(find(name))
     patched, applied = apply(model, file.adapters, strength)
     lines = [f"{name}: {file.dialect}", applied, *file.notes]
     if file.unmatched:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -12,7 +11,6 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import comfy.utils
-import folder_paths
 import latent_preview
 import torch
 
@@ -24,7 +22,6 @@ from . import vae as vae_bridge
 
 MOST_PICTURES = 400
 LARGEST_PREVIEW = 1536
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def numbers(text: str, name: str, kind: type[int] | type[float]) -> list[Any]:
         found = [kind(part) for part in parts]
     except ValueError:
         found = []
-    if not found or any(kind is int and not 0 <= value <= MAX_SEED for value in found):
+    if not found or any(kind is int and not 0 <= value <= sampling.MAX_SEED for value in found):
         example = "0, 1, 2" if kind is int else "0, 0.5, 1"
         raise LongCatError(
             f"{name} is '{text}'. Put numbers with commas between them, such as {example}.",
@@ -103,34 +100,10 @@ def lora_variants(model: comfy.model_patcher.ModelPatcher, name: str, strengths:
     """The MODEL with a LoRA of models/loras at each strength.
 
     Raises:
-        LongCatError: the file is gone, or see :func:`lora_files.read` and :func:`lora.apply`.
+        LongCatError: see :func:`lora.find`, :func:`lora_files.read` and :func:`lora.apply`.
     """
-    adapters = lora_files.read(lora_path(name)).adapters
+    adapters = lora_files.read(lora.find(name)).adapters
     return [Variant(f"strength {strength:g}", lora.apply(model, adapters, strength)[0]) for strength in strengths]
-
-
-def lora_path(name: str) -> Path:
-    """The file of a LoRA's name.
-
-    Raises:
-        LongCatError: there is none.
-    """
-    path = folder_paths.get_full_path("loras", name)
-    if path is None:
-        raise LongCatError(
-            f"There is no LoRA '{name}' in models/loras. Choose another, or refresh the nodes (R).",
-            f"models/loras 中没有 LoRA“{name}”。请选择其他文件，或刷新节点（R）。",
-        )
-    return Path(path)
-
-
-def lora_stamp(name: str) -> str:
-    """What changes when the file of a LoRA does; ComfyUI notes it in saved pictures, so it tells no path."""
-    path = folder_paths.get_full_path("loras", name)
-    if path is None:
-        return "missing"
-    stat = Path(path).stat()
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def draw(

@@ -15,6 +15,7 @@ from ..errors import LongCatError
 from . import clip, editing, formats, host
 
 NODE = "LongCatSampler"
+MAX_SEED = 2**64 - 1  # ComfyUI's
 
 logger = logging.getLogger(__name__)
 

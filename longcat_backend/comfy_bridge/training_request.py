@@ -11,7 +11,7 @@ import folder_paths
 import torch
 
 from .. import lora_files, precision, saving
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, FolderCheckpoint
 from ..errors import LongCatError
 from ..training import state
 from ..training.dataset import Dataset, Item
@@ -102,8 +102,7 @@ def export(checkpoint: Checkpoint, dataset: Dataset, request: Request) -> str:
 
 
 def _name_of(checkpoint: Checkpoint) -> str:
-    folder = getattr(checkpoint, "folder", None)
-    return folder.name if isinstance(folder, Path) else checkpoint.flavour.repo_id
+    return checkpoint.folder.name if isinstance(checkpoint, FolderCheckpoint) else checkpoint.flavour.repo_id
 
 
 def require_checkpoint(model: comfy.model_patcher.ModelPatcher | None) -> Checkpoint:

@@ -14,8 +14,8 @@ import torch
 from _tiny import ROOT, SIZE, circumstances, load_pack
 
 RESULT = ROOT / "benchmarks" / "results" / "score_edit.json"
-# Name of the checkpoint, steps and guidance.
-CHECKPOINTS = (("LongCat-Tiny-Edit", 20, 4.5), ("LongCat-Tiny-Edit-Turbo", 8, 1.0))
+# Steps and guidance of a checkpoint.
+CHECKPOINTS = {"LongCat-Tiny-Edit": (20, 4.5), "LongCat-Tiny-Edit-Turbo": (8, 1.0)}
 ENGINES = ("core", "diffusers")
 
 
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="instructions of each language")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="folder of the checkpoints")
+    parser.add_argument("--only", nargs="+", default=list(CHECKPOINTS), choices=CHECKPOINTS)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     load_pack(arguments.device)
@@ -79,7 +80,8 @@ def main() -> None:
     host.register_model_folder()
     tasks = held_out_tasks(arguments.count, arguments.count)
     table: dict[str, Any] = {}
-    for name, steps, guidance in CHECKPOINTS:
+    for name in arguments.only:
+        steps, guidance = CHECKPOINTS[name]
         table[name] = {"steps": steps, "guidance": guidance}
         for engine in ENGINES:
             scores, forwards = score(arguments.demo / name, engine, tasks, steps, guidance)

@@ -88,6 +88,17 @@ def test_what_is_exported_is_what_was_learnt(tmp_path: Path) -> None:
     selfcheck.check_file(model, tmp_path / "zorb.safetensors", exported, CPU)
 
 
+def test_rounding_in_the_file_is_no_damage(tmp_path: Path) -> None:
+    """Of rank 1, whose change of a single input can be as small as its own rounding."""
+    model = tiny.velocity_model()
+    exported = learnt(model, rank=1).exported()
+    for each in exported:
+        probe = torch.randn(each.down.shape[1], generator=torch.Generator().manual_seed(0))
+        each.down.sub_(0.999 * (each.down @ probe)[:, None] * probe / probe.square().sum())
+    lora_files.write(tmp_path / "zorb.safetensors", exported)
+    selfcheck.check_file(model, tmp_path / "zorb.safetensors", exported, CPU)
+
+
 def test_a_model_made_in_inference_mode_is_refused() -> None:
     with torch.inference_mode():
         model = tiny.transformer()

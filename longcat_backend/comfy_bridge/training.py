@@ -142,7 +142,9 @@ class _Run:
                 scheduler = self.checkpoint.configs["scheduler"]
                 place = (self.folder, monitor.events(), device, scheduler)
                 result = loop.train(model, self.examples, self.settings, *place)
-                self._write(result)
+                trigger = self.dataset.settings.trigger_word
+                flavour = self.checkpoint.flavour.key
+                result.write(self.file, self.settings, flavour, self.examples.identity, trigger)
                 selfcheck.check_file(model, self.file, result.adapters, device)
             return result
         finally:
@@ -179,19 +181,8 @@ class _Run:
         return str(estimate.estimate(*self._given()))
 
     def _given(self) -> tuple[Mapping[str, Any], dict[str, torch.Size], TrainSettings, tuple[int, int]]:
-        width, height = max((item.size for item in self.dataset.items), key=lambda size: size[0] * size[1])
-        size = (2 * width, height) if self.dataset.edits else (width, height)
-        return self.checkpoint.configs["transformer"], audited_shapes(self.checkpoint), self.settings, size
-
-    def _write(self, result: loop.Result) -> None:
-        header = {
-            **self.settings.to_json(),
-            "model_flavour": self.checkpoint.flavour.key,
-            "steps_done": result.step,
-            "dataset": self.examples.identity,
-        }
-        word = self.dataset.settings.trigger_word.strip()
-        lora_files.write(self.file, result.adapters, header, trigger_words=[word] if word else [])
+        shapes = audited_shapes(self.checkpoint)
+        return self.checkpoint.configs["transformer"], shapes, self.settings, self.dataset.largest_size
 
 
 def _free() -> None:

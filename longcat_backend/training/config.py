@@ -4,10 +4,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from .. import latents
+from .. import latents, lora_files, saving
 from ..errors import LongCatError
 from . import simpletuner
 from .dataset import DatasetSettings
@@ -77,7 +77,8 @@ def read(path: Path, models: Sequence[Path] = (), data: Sequence[Path] = ()) -> 
         data: folders that hold datasets.
 
     Raises:
-        LongCatError: the file is no JSON object, a key is unknown or a value wrong, or a folder is not there.
+        LongCatError: the file is no JSON object, a key is unknown or a value wrong, or a folder is not there; see also
+            :func:`saving.check_name`.
     """
     values = read_json(path)
     notes: list[str] = []
@@ -91,7 +92,7 @@ def read(path: Path, models: Sequence[Path] = (), data: Sequence[Path] = ()) -> 
     folder = _found(dataset.folder, [*places, *data], "dataset").absolute()
     references = dataset.reference_folder and _found(dataset.reference_folder, [*places, *data], "dataset").absolute()
     return Config(
-        name=_name(str(values.get("name") or path.stem)),
+        name=saving.check_name(str(values.get("name") or path.stem).removesuffix(lora_files.SUFFIX)).as_posix(),
         checkpoint=_found(str(values.get("checkpoint") or ""), [*places, *models], "checkpoint"),
         dataset=DatasetSettings.from_json(
             {**dataset.to_json(), "folder": str(folder), "reference_folder": str(references)}
@@ -170,16 +171,6 @@ def _validation(values: Mapping[str, Any]) -> ValidationSettings:
     except (TypeError, ValueError) as error:
         raise LongCatError(f"The validation settings are wrong: {error}.", f"验证设置有误：{error}。") from error
     return settings
-
-
-def _name(name: str) -> str:
-    parts = PureWindowsPath(name)  # knows both separators
-    if parts.anchor or ".." in parts.parts or not parts.name:
-        raise LongCatError(
-            f"The run cannot be named '{name}'. Choose a plain name, '/' for subfolders.",
-            f"训练不能命名为“{name}”。请使用普通名称，子文件夹用“/”。",
-        )
-    return parts.as_posix().removesuffix(".safetensors")
 
 
 def _found(name: str, places: Sequence[Path], kind: str) -> Path:

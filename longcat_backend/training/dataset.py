@@ -143,6 +143,13 @@ class Dataset:
         """Whether the pictures have references, as the edit flavours need."""
         return self.items[0].reference is not None
 
+    @property
+    def largest_size(self) -> Size:
+        """Width and height of the largest picture of all; a pair counts side by side, since both become tokens."""
+        sizes = (item.size for item in (*self.items, *self.preserved))
+        width, height = max(sizes, key=lambda size: size[0] * size[1])
+        return (2 * width, height) if self.edits else (width, height)
+
     def buckets(self) -> dict[Size, tuple[int, ...]]:
         """Width and height to the indices to train on, each as often as it comes in one epoch."""
         held_out = set(self.held_out)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoints, labelled_grid, lora_files, loss_chart, saving
+from .. import checkpoints, labelled_grid, loss_chart
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
 from ..sampler import Prompt, sample
@@ -66,7 +66,7 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     events = Events(_log_step, should_stop, on_validation, on_saved, on_held_out, told)
     scheduler = checkpoint.configs["scheduler"]
     result = loop.train(model, examples, config.settings, config.run_folder, events, device, scheduler)
-    _write(config, checkpoint, found, examples.identity, result)
+    result.write(config.file, config.settings, checkpoint.flavour.key, examples.identity, found.settings.trigger_word)
     selfcheck.check_file(model, config.file, result.adapters, device)
     chart = loss_chart.draw(result.losses, result.held_out, config.settings.steps)
     chart.save(config.run_folder / "loss.png")
@@ -170,24 +170,9 @@ def _draw_both(
     return place
 
 
-def _write(config: Config, checkpoint: Checkpoint, found: Dataset, identity: str, result: Result) -> None:
-    saving.check_name(config.name)
-    config.file.parent.mkdir(parents=True, exist_ok=True)
-    header = {
-        **config.settings.to_json(),
-        "model_flavour": checkpoint.flavour.key,
-        "steps_done": result.step,
-        "dataset": identity,
-    }
-    trigger = found.settings.trigger_word.strip()
-    lora_files.write(config.file, result.adapters, header, trigger_words=[trigger] if trigger else [])
-
-
 def _tell_estimate(config: Config, checkpoint: Checkpoint, found: Dataset, device: torch.device) -> None:
     """Say what the run will need; where that does not fit, what would."""
-    size = max((item.size for item in found.items), key=lambda size: size[0] * size[1])
-    size = (2 * size[0], size[1]) if found.edits else size
-    given = (checkpoint.configs["transformer"], audited_shapes(checkpoint), config.settings, size)
+    given = (checkpoint.configs["transformer"], audited_shapes(checkpoint), config.settings, found.largest_size)
     log.info("memory: %s", estimate.estimate(*given))
     if device.type == "cuda":
         advice = estimate.fitting(*given, torch.cuda.mem_get_info(device)[0])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import flow
+from .. import flow, lora_files
 from ..errors import LongCatError
 from ..identity import of_weights
 from ..lora import Adapter
@@ -67,6 +67,19 @@ class Result:
     step: int
     best_step: int | None = field(default=None)
     preservation: list[tuple[int, float]] = field(default_factory=list)
+
+    def write(self, file: Path, settings: TrainSettings, flavour: str, dataset: str, trigger_word: str) -> None:
+        """Write the LoRA, and in its header what it was made of.
+
+        Args:
+            dataset: its identity.
+
+        Raises:
+            LongCatError: see :func:`lora_files.write`.
+        """
+        made_of = {"model_flavour": flavour, "steps_done": self.step, "dataset": dataset}
+        words = [word] if (word := trigger_word.strip()) else []
+        lora_files.write(file, self.adapters, {**settings.to_json(), **made_of}, trigger_words=words)
 
 
 def train(

@@ -255,6 +255,8 @@ def _dataset(given: Mapping[str, Any], read_backends: ReadBackends, notes: list[
     )
     if trigger:
         dataset["trigger_word"] = str(trigger)
+    if len({int(each.get("repeats", 0)) for each in images}) > 1:
+        notes.append(f"'repeats' differs between the data backends; all get the first one's, {dataset['repeats'] - 1}")
     for each in images:
         if each.get("crop_style", "center") not in ("center", "centre"):
             notes.append(f"'crop_style' {each['crop_style']}: pictures are cropped at their centre")

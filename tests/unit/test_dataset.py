@@ -103,7 +103,8 @@ def test_the_official_table_of_pairs_is_read(folder: Path, read: Read) -> None:
     made = read()
     assert captions_of(made) == {"after.png": "make it red"}
     reference = made.items[0].reference_pixels()
-    assert made.edits and reference is not None
+    width, height = made.items[0].size
+    assert made.edits and made.largest_size == (2 * width, height) and reference is not None
     assert reference[0, :, 0, 0].tolist() == [-1, -1, 1]
 
 

@@ -20,11 +20,12 @@ from longcat_pack.tools.host import ComfyServer
 
 # Of a LoRA that outweighs the layer, relative to what it adds to the output: the rounding of the output. ComfyUI's
 # quantised layers round the weights with the LoRA in them anew, by eight bits for a row or by three for each weight.
-MOST_OF_A_LAYER = {("core", "fp32"): 1e-4, ("diffusers", "fp32"): 1e-4, ("core", "int8"): 0.06, ("core", "fp8"): 0.2}
+MOST_OF_A_LAYER = {("core", "fp32"): 1e-4, ("diffusers", "fp32"): 1e-4, ("core", "int8"): 0.06, ("core", "fp8"): 0.15}
 MOST_ROUNDED = 0.02
-STRONG = 4.0
-# Of the strength in the picture. The base's rounding points anywhere, so next to none of it along what a LoRA does.
-MOST_GAIN = 0.1
+STRONG = 8.0
+# Of the strength in the picture, beside the base's own relative error. That points anywhere, so little of it lies along
+# what a LoRA does.
+MOST_GAIN = 0.08
 # By the bits of a weight: what rounding the weights with the LoRA in them may change of that.
 MOST_MERGED = {32: 1e-3, 16: 0.05, 8: 0.25, 4: 0.25}
 LAYER_NODES = Path(__file__).resolve().parent / "layer_nodes"
@@ -127,10 +128,11 @@ def test_a_lora_does_the_same_in_every_precision(
     exact_base, exact = base_and_lora(server, graph)
     base, changed = base_and_lora(server, graphs.changed(graph, **{"1.engine": engine, "1.engine.precision": name}))
     expected, found = (exact - exact_base).double(), (changed - base).double()
-    assert abs((found * expected).sum() / expected.square().sum() - 1) <= MOST_GAIN
-    rounding = 2 * (base - exact_base).norm()  # of the base, once without and once with the LoRA
+    rounding = (base - exact_base).norm()
+    gain = (found * expected).sum() / expected.square().sum()
+    assert abs(gain - 1) <= MOST_GAIN + rounding / exact_base.norm()
     merged = MOST_MERGED[precision.PRESETS[name].bits] * expected.norm()
-    assert (found - expected).norm() <= rounding + merged
+    assert (found - expected).norm() <= 2 * rounding + merged  # of the base, without and with the LoRA
 
 
 @pytest.mark.parametrize("offload", OFFLOADS, ids=lambda offload: offload["level"])

@@ -163,8 +163,8 @@ class _Run:
             self.examples.report,
             f"base 基础精度: {self.settings.base_precision}",
             f"memory, estimated 显存估计: {self._estimate()}",
-            f"file 文件: models/loras/{self.file.name}",
-            f"states 状态: output/{training_request.FOLDER}/{training_request.RUNS}/{self.folder.name}",
+            f"file 文件: models/loras/{self.file.relative_to(host.write_folder('loras')).as_posix()}",
+            f"states 状态: output/{training_request.shown(self.folder)}",
         ]
         return [line for line in lines if line]
 

@@ -70,6 +70,11 @@ def work_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / FOLDER
 
 
+def shown(run_folder: Path) -> str:
+    """A run's folder as seen from ComfyUI's output folder."""
+    return f"{FOLDER}/{run_folder.relative_to(work_folder()).as_posix()}"
+
+
 def base_precision(name: str) -> str:
     """The precision of the frozen base; "auto" is what the device computes in best, of those that training has.
 
@@ -181,7 +186,7 @@ def keep_config(folder: Path, config: str) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> LongCatError:
-    place = f"{FOLDER}/{RUNS}/{folder.name}"
+    place = shown(folder)
     return LongCatError(
         f"The run folder '{place}' in ComfyUI's output folder cannot be written: {error.strerror}. Make room on the "
         "disk, or make the folder writable.",

@@ -52,7 +52,7 @@ def save(folder: Path, state: State) -> Path:
     Raises:
         LongCatError: the folder cannot be written, or the disk is full; states before this one are whole.
     """
-    place = folder / f"state-{state.step:08d}"
+    place = path(folder, state.step)
     partial = place.with_name(f".{place.name}{_PARTIAL}")
     try:
         _discard(partial)

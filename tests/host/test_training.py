@@ -36,18 +36,20 @@ def stopped_at(server: ComfyServer, graph: Graph, step: int) -> Interrupted:
 
 def test_an_interrupted_run_goes_on_bit_for_bit(training_server: ComfyServer) -> None:
     training_server.run(training_graph.graph("straight", steps=40))
-    halves = training_graph.graph("halves", steps=40)
+    halves = training_graph.graph("styles/halves", steps=40)
     stopped = stopped_at(training_server, halves, 20)
     said = [event.data["text"] for event in stopped.events if event.type == "progress_text"][-1]
     assert "stopped after step" in said and "queue again" in said
-    assert lora_file(training_server, "halves").is_file()
-    (state,) = run_folder(training_server, "halves").glob("state-*")
+    assert lora_file(training_server, "styles/halves").is_file()
+    (state,) = run_folder(training_server, "styles/halves").glob("state-*")
     done = int(state.name[-8:])
     assert 20 <= done < 40
 
     again = training_server.run(halves)
-    assert f"went on after step {done}" in again.outputs["report"]["text"][0]
-    assert_equal(tensors(training_server, "halves", 40), tensors(training_server, "straight", 40))
+    (report,) = again.outputs["report"]["text"]
+    assert f"went on after step {done}" in report
+    assert "models/loras/styles/halves.safetensors" in report and "longcat_training/runs/styles/halves" in report
+    assert_equal(tensors(training_server, "styles/halves", 40), tensors(training_server, "straight", 40))
 
 
 def test_other_settings_under_the_same_name_are_refused_by_name(training_server: ComfyServer) -> None:

@@ -107,6 +107,11 @@ def _alphas(config: Mapping[str, Any], source: str, name: str) -> Alphas:
     numbers = [config["lora_alpha"], *(patterns.values() if isinstance(patterns, dict) else ["?"])]
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         raise _unreadable(name, ValueError(f"lora_alpha {config['lora_alpha']!r}, alpha_pattern {patterns!r}"))
+    for pattern in patterns:
+        try:
+            _ending(pattern)
+        except re.error as error:
+            raise _unreadable(name, ValueError(f"alpha_pattern {pattern!r}: {error}")) from error
     return Alphas(source, config)
 
 
@@ -115,12 +120,13 @@ def _matching(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -
     for pattern, value in (patterns or {}).items():
         if module == pattern or module.endswith(f".{pattern}") or module == _without_prefix(pattern.lstrip("^")):
             return value
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error:
-            continue
+        if _ending(pattern).match(module):
+            return value
     return otherwise
+
+
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _without_prefix(key: str) -> str:

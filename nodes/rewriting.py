@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..longcat_backend import rewriting
 from ..longcat_backend.comfy_bridge import rewriting as rewriting_bridge
-from ..longcat_backend.comfy_bridge import sampling
+from ..longcat_backend.comfy_bridge.sampling import MAX_SEED
 from ..longcat_backend.prompts import MAX_TOKENS
 from ..longcat_backend.rewriting import Sampling
 from .loading import CATEGORY
@@ -69,7 +69,7 @@ class LongCatPromptRewrite(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=sampling.MAX_SEED,
+                    max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="Same seed, same text. Without effect at temperature 0.",
                 ),

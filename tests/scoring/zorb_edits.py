@@ -81,7 +81,8 @@ def _tasks(places: list[zorb.ZorbScene], known: list[Scene], count: int, seed: s
         fitting = [s for s in known if (s.background, s.place, s.size) == ground]
         before = rng.choice([s for s in fitting if s.shape == shape] or fitting)
         language = LANGUAGES[(index + index // len(places)) % 2]
-        word = rng.choice((*ANY_SHAPE[language], *WORDS[language]["shape"][before.shape]))
+        general = index // 2 % 4 == 3  # as often in either language
+        word = rng.choice(ANY_SHAPE[language] if general else WORDS[language]["shape"][before.shape])
         text = rng.choice(PHRASES[language]["shape"]).format(shape=word, value=zorb.NAMES[language])
         tasks.append(ZorbTask(text, before, Jitter.sample(rng)))
     return tasks

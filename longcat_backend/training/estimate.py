@@ -22,7 +22,9 @@ from .settings import TrainSettings
 # What a block keeps, in numbers of the size tokens x hidden size; more targets keep more inputs.
 _KEPT = {"attention": 12.4, "official": 14.0, "all": 15.4}
 _INPUTS = 1.0  # that many are kept of a block that is computed again
+_KEPT_QUANTISED = 1.4  # times as much beside weights that are unpacked for each product, as measured
 _WORKSPACE = GIB // 4
+_UNPACKING = {"int4-quanto": 0.3, "fp8-torchao": 0.18}  # GiB more of it, measured likewise
 # Bytes of an adapter's number: its fp32 master, gradient and copy in the computation, and the optimiser's state.
 _STATE = {"adamw": 8.0, "adamw-8bit": 2.1, "prodigy": 16.0, "lion": 4.0}
 _TEXT_TOKENS = 512
@@ -35,14 +37,15 @@ class Estimate:
     weights: int
     adapters: int  # with their gradients and the optimiser's state
     activations: int
+    workspace: int
 
     @property
     def total(self) -> int:
-        """All of it, with some working space."""
-        return self.weights + self.adapters + self.activations + _WORKSPACE
+        """All of it."""
+        return self.weights + self.adapters + self.activations + self.workspace
 
     def __str__(self) -> str:
-        parts = (self.weights, self.adapters, self.activations, _WORKSPACE)
+        parts = (self.weights, self.adapters, self.activations, self.workspace)
         weights, adapters, activations, workspace = map(memory.size, parts)
         return (
             f"{memory.size(self.total)}: weights 权重 {weights}, adapters and optimiser 适配器与优化器 {adapters}, "
@@ -65,7 +68,8 @@ def estimate(
     return Estimate(
         _weights(shapes, settings, preset, dtype),
         _adapters(shapes, settings, dtype),
-        _activations(config, settings, size, dtype),
+        _activations(config, settings, size, dtype, _KEPT_QUANTISED if preset.backend else 1.0),
+        _WORKSPACE + round(_UNPACKING.get(settings.base_precision, 0.0) * GIB),
     )
 
 
@@ -157,10 +161,12 @@ def _adapters(shapes: Mapping[str, torch.Size], settings: TrainSettings, dtype: 
     return round(settings.rank * sides * each)
 
 
-def _activations(config: Mapping[str, Any], settings: TrainSettings, size: tuple[int, int], dtype: torch.dtype) -> int:
+def _activations(
+    config: Mapping[str, Any], settings: TrainSettings, size: tuple[int, int], dtype: torch.dtype, more: float
+) -> int:
     tokens = math.ceil(size[0] / 16) * math.ceil(size[1] / 16) + _TEXT_TOKENS
     unit = settings.batch * tokens * config["num_attention_heads"] * config["attention_head_dim"] * dtype.itemsize
     blocks = config["num_layers"] + config["num_single_layers"]
     whole = {"none": blocks, "every-second": blocks // 2, "block": 1}[settings.checkpointing]
     recomputed = {"none": 0, "every-second": blocks - blocks // 2, "block": blocks}[settings.checkpointing]
-    return round(unit * (whole * _KEPT[settings.targets] + recomputed * _INPUTS))
+    return round(unit * (whole * more * _KEPT[settings.targets] + recomputed * _INPUTS))

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import LongCatImageEditPipeline
 
-from tests.scoring.edits import Edit, instructions, training_edits
-from tests.scoring.scenes import ATTRIBUTES, LANGUAGES, PALETTE, Jitter, Scene, compose, shape_mask
+from tests.scoring.edits import Edit
+from tests.scoring.scenes import LANGUAGES, PALETTE, Jitter, Scene, compose, shape_mask
 from tools.tiny.conditioning import TEXT_SLOTS, TokenRows
 from tools.tiny.edit_conditioning import (
     PictureEncoder,
@@ -26,12 +27,13 @@ from tools.tiny.edit_conditioning import (
     tokenize_instructions,
 )
 from tools.tiny.edit_sampling import reference_tokens
-from tools.tiny.flow import FlowSettings, FlowTrainer
+from tools.tiny.edit_words import KINDS, LookEdit, every_edit, wordings
+from tools.tiny.flow import REHEARSED_NOISE, FlowSettings, FlowTrainer
 from tools.tiny.pictures import PLACEMENTS
 from tools.tiny.sampling import TOKEN_SIDE
 from tools.tiny.vae import cosine
 
-INSTRUCTION_WIDTH = 20  # tokens of instruction and pads in a training row; the longest instruction has 15
+INSTRUCTION_WIDTH = 20  # tokens of instruction and pads in a training row; the longest instruction has 17
 TURBO_STEPS = 8
 TURBO_SPREAD = 0.25  # of a step, towards the next
 SYNCHRONIZE_EVERY = 50
@@ -66,7 +68,7 @@ class EditRecipe:
     empty_share: float  # of instructions replaced by the empty one, the negative prompt of the official pipeline
 
 
-EDIT = EditRecipe((EditPhase(160, 64, 192, False), EditPhase(190, TEXT_SLOTS, 96, True)), 8e-4, False, 0.1)
+EDIT = EditRecipe((EditPhase(250, 64, 192, False), EditPhase(235, TEXT_SLOTS, 96, True)), 8e-4, False, 0.1)
 TURBO = EditRecipe((EditPhase(100, TEXT_SLOTS, 96, True),), 4e-4, True, 0.0)
 
 
@@ -74,7 +76,7 @@ TURBO = EditRecipe((EditPhase(100, TEXT_SLOTS, 96, True),), 4e-4, True, 0.0)
 class EditExamples:
     """What the device holds: every training scene in every jitter, every training edit, and rows of instructions.
 
-    Edits are sorted by attribute. Instruction j of an edit is row `first_row + j % row_count`; the last row is empty.
+    Edits are sorted by kind. Instruction j of an edit is row `first_row + j % row_count`; the last row is empty.
     """
 
     latents: torch.Tensor  # (scenes, jitters, 64 tokens, 64 channels) fp32, scaled
@@ -83,8 +85,8 @@ class EditExamples:
     after: torch.Tensor  # (edits,) index of a scene
     first_row: torch.Tensor  # (edits, 2) of each language
     row_count: torch.Tensor  # (edits, 2)
-    offsets: torch.Tensor  # (5,) index of the first edit of each attribute
-    counts: torch.Tensor  # (5,) edits of each attribute
+    offsets: torch.Tensor  # (6,) index of the first edit of each kind
+    counts: torch.Tensor  # (6,) edits of each kind
     rows: TokenRows
 
 
@@ -121,18 +123,18 @@ def _scene_tensors(
     return latents, patches.to(device)
 
 
-def _instruction_rows(edits: Sequence[Edit]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+def _instruction_rows(edits: Sequence[Edit | LookEdit]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Every wording once for each shape, attribute and value; and for each edit its first row and their number."""
     texts: list[str] = []
-    blocks: dict[tuple[str, ...], tuple[int, int]] = {}
+    blocks: dict[tuple[Any, ...], tuple[int, int]] = {}
     table = []
     for edit in edits:
         for language in LANGUAGES:
             key = (language, edit.before.shape, edit.attribute, edit.value)
             if key not in blocks:
-                wordings = instructions(edit, language)
-                blocks[key] = (len(texts), len(wordings))
-                texts.extend(wordings)
+                found = wordings(edit, language)
+                blocks[key] = (len(texts), len(found))
+                texts.extend(found)
             table.append(blocks[key])
     ranges = torch.tensor(table).reshape(len(edits), len(LANGUAGES), 2)
     return texts, ranges[..., 0].contiguous(), ranges[..., 1].contiguous()
@@ -142,14 +144,14 @@ def prepare_edit_examples(
     pipeline: LongCatImageEditPipeline, jitters: int, edit_limit: int | None = None
 ) -> EditExamples:
     """Encode the training scenes with the pipeline's VAE and processor; `edit_limit`: fewer edits, to try it out."""
-    edits = sorted(training_edits(), key=lambda edit: ATTRIBUTES.index(edit.attribute))
+    edits = every_edit()
     if edit_limit:
-        edits = [edit for a in ATTRIBUTES for edit in [e for e in edits if e.attribute == a][:edit_limit]]
+        edits = [edit for kind in KINDS for edit in [e for e in edits if e.attribute == kind][:edit_limit]]
     scenes = list(dict.fromkeys(scene for edit in edits for scene in (edit.before, edit.after)))
     latents, patches = _scene_tensors(pipeline, scenes, jitters)
     where = {scene: index for index, scene in enumerate(scenes)}
     texts, first_row, row_count = _instruction_rows(edits)
-    counts = [sum(edit.attribute == a for edit in edits) for a in ATTRIBUTES]
+    counts = [sum(edit.attribute == kind for edit in edits) for kind in KINDS]
     device = latents.device
     return EditExamples(
         latents=latents,
@@ -221,16 +223,17 @@ class EditTrainer(FlowTrainer):
     def _sigmas(self, size: int) -> torch.Tensor:
         """Noise levels (size,): logit-normal around the schedule's shift, or a bit below turbo's own eight."""
         if not self.recipe.turbo:
-            return torch.sigmoid(torch.randn(size, device=self.device) + self.mu)
+            louder = REHEARSED_NOISE if self.slots < TEXT_SLOTS else 0.0
+            return torch.sigmoid(torch.randn(size, device=self.device) + self.mu + louder)
         level = torch.randint(1, TURBO_STEPS + 1, (size,), device=self.device)
         time = (level - TURBO_SPREAD * torch.rand(size, device=self.device)) / TURBO_STEPS
         return torch.sigmoid(torch.logit(time) + self.mu)
 
     def _batch(self, size: int) -> tuple[torch.Tensor | TokenRows, ...]:
-        """Arguments of the loss, drawn on the device; every attribute and both languages equally often."""
+        """Arguments of the loss, drawn on the device; every kind of edit and both languages equally often."""
         examples, device = self.examples, self.device
-        attribute = torch.randint(len(ATTRIBUTES), (size,), device=device)
-        edit = examples.offsets[attribute] + _below(examples.counts[attribute])
+        kind = torch.randint(len(KINDS), (size,), device=device)
+        edit = examples.offsets[kind] + _below(examples.counts[kind])
         language = torch.randint(len(LANGUAGES), (size,), device=device)
         row = examples.first_row[edit, language] + _below(examples.row_count[edit, language])
         dropped = torch.rand(size, device=device) < self.recipe.empty_share

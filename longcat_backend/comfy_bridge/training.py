@@ -180,9 +180,9 @@ class _Run:
     def _estimate(self) -> str:
         return str(estimate.estimate(*self._given()))
 
-    def _given(self) -> tuple[Mapping[str, Any], dict[str, torch.Size], TrainSettings, tuple[int, int]]:
-        shapes = audited_shapes(self.checkpoint)
-        return self.checkpoint.configs["transformer"], shapes, self.settings, self.dataset.largest_size
+    def _given(self) -> tuple[Mapping[str, Any], dict[str, torch.Size], TrainSettings, tuple[int, int], torch.device]:
+        shapes, device = audited_shapes(self.checkpoint), comfy.model_management.get_torch_device()
+        return self.checkpoint.configs["transformer"], shapes, self.settings, self.dataset.largest_size, device
 
 
 def _free() -> None:

@@ -15,7 +15,7 @@ import torch
 from .. import memory, precision
 from ..memory import GIB
 from ..modulation import is_modulation
-from . import tabulated
+from . import base, tabulated
 from .adapters import PATTERNS
 from .settings import TrainSettings
 
@@ -54,7 +54,11 @@ class Estimate:
 
 
 def estimate(
-    config: Mapping[str, Any], shapes: Mapping[str, torch.Size], settings: TrainSettings, size: tuple[int, int]
+    config: Mapping[str, Any],
+    shapes: Mapping[str, torch.Size],
+    settings: TrainSettings,
+    size: tuple[int, int],
+    device: torch.device,
 ) -> Estimate:
     """Of a LoRA step.
 
@@ -62,9 +66,10 @@ def estimate(
         config: the transformer's.
         shapes: of its weights by official name, see :func:`transformer.audited_shapes`.
         size: width and height of the largest picture; an edit pair has twice its tokens, so pass its doubled width.
+        device: that is trained on; it may decide the dtype of the computation.
     """
     preset = precision.PRESETS[settings.base_precision]
-    dtype = preset.dtype or torch.bfloat16
+    dtype = base.compute_dtype(preset, device)
     return Estimate(
         _weights(shapes, settings, preset, dtype),
         _adapters(shapes, settings, dtype),
@@ -78,14 +83,15 @@ def fitting(
     shapes: Mapping[str, torch.Size],
     settings: TrainSettings,
     size: tuple[int, int],
+    device: torch.device,
     free: int,
 ) -> str:
     """What would make a run fit that needs more than ``free`` bytes, in both languages; empty where it fits."""
-    needed = estimate(config, shapes, settings, size).total
+    needed = estimate(config, shapes, settings, size, device).total
     if needed <= free:
         return ""
-    for words, words_zh, changed, smaller in _turned_down(settings, size):
-        total = estimate(config, shapes, changed, smaller).total
+    for words, words_zh, changed, smaller in _turned_down(settings, size, device):
+        total = estimate(config, shapes, changed, smaller, device).total
         if total <= free:
             return (
                 f"It needs about {memory.size(needed)}, and {memory.size(free)} are free. With {words} it needs about "
@@ -99,7 +105,7 @@ def fitting(
 
 
 def _turned_down(
-    settings: TrainSettings, size: tuple[int, int]
+    settings: TrainSettings, size: tuple[int, int], device: torch.device
 ) -> Iterator[tuple[str, str, TrainSettings, tuple[int, int]]]:
     """Settings that need less and less, each with the ones before it, in words; what costs least comes first."""
     words: list[str] = []
@@ -110,8 +116,10 @@ def _turned_down(
         words_zh.append(word_zh)
         return ", ".join(words), "、".join(words_zh)
 
-    if not settings.modulation_table and settings.base_precision != "fp32":
-        settings = replace(settings, modulation_table=True)
+    tabulating = replace(settings, modulation_table=True)
+    dtype = base.compute_dtype(precision.PRESETS[settings.base_precision], device)
+    if not settings.modulation_table and tabulated.wanted(tabulating, dtype):
+        settings = tabulating
         yield *told("modulation_table on", "modulation_table 开启"), settings, size
     if settings.checkpointing != "block":
         settings = replace(settings, checkpointing="block")

@@ -172,7 +172,8 @@ def _draw_both(
 
 def _tell_estimate(config: Config, checkpoint: Checkpoint, found: Dataset, device: torch.device) -> None:
     """Say what the run will need; where that does not fit, what would."""
-    given = (checkpoint.configs["transformer"], audited_shapes(checkpoint), config.settings, found.largest_size)
+    shapes = audited_shapes(checkpoint)
+    given = (checkpoint.configs["transformer"], shapes, config.settings, found.largest_size, device)
     log.info("memory: %s", estimate.estimate(*given))
     if device.type == "cuda":
         advice = estimate.fitting(*given, torch.cuda.mem_get_info(device)[0])

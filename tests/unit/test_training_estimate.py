@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longcat_pack.longcat_backend import official
 from longcat_pack.longcat_backend.memory import GIB
+from longcat_pack.longcat_backend.modulation import is_modulation
 from longcat_pack.longcat_backend.training import estimate
 from longcat_pack.longcat_backend.training.settings import TrainSettings
 from longcat_pack.longcat_backend.transformer import empty_transformer
@@ -17,6 +19,7 @@ from longcat_pack.longcat_backend.transformer import empty_transformer
 CONFIG = official.TRANSFORMER
 SETTINGS = TrainSettings(targets="attention", checkpointing="block")
 SIZE = (1024, 1024)
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +40,14 @@ def test_the_estimate_is_what_was_measured(shapes: dict[str, Any], pack_dir: Pat
     assert len(rows) >= 10
     for row in rows:
         options = {name: row[name] for name in ("checkpointing", "base_precision", "modulation_table")}
-        found = estimate.estimate(CONFIG, shapes, dataclasses.replace(SETTINGS, **options), (row["size"], row["size"]))
+        settings, size = dataclasses.replace(SETTINGS, **options), (row["size"], row["size"])
+        found = estimate.estimate(CONFIG, shapes, settings, size, CUDA)
         assert found.total / GIB == pytest.approx(row["allocated_gib"], rel=0.05), row
 
 
 def test_what_needs_more_is_estimated_higher(shapes: dict[str, Any]) -> None:
     def total(size: tuple[int, int] = SIZE, **options: Any) -> int:
-        return estimate.estimate(CONFIG, shapes, dataclasses.replace(SETTINGS, **options), size).total
+        return estimate.estimate(CONFIG, shapes, dataclasses.replace(SETTINGS, **options), size, CUDA).total
 
     assert total() < total(modulation_table=False) < total(modulation_table=False, batch=2)
     assert total(offload="block") < total(offload="block", modulation_table=False)
@@ -55,7 +59,7 @@ def test_what_needs_more_is_estimated_higher(shapes: dict[str, Any]) -> None:
 
 
 def test_a_run_that_fits_needs_no_advice(shapes: dict[str, Any]) -> None:
-    assert estimate.fitting(CONFIG, shapes, SETTINGS, SIZE, 16 * GIB) == ""
+    assert estimate.fitting(CONFIG, shapes, SETTINGS, SIZE, CUDA, 16 * GIB) == ""
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,27 @@ def test_a_run_that_fits_needs_no_advice(shapes: dict[str, Any]) -> None:
 )
 def test_advice_names_the_cheapest_change_that_fits(free: int, told: str, shapes: dict[str, Any]) -> None:
     settings = dataclasses.replace(SETTINGS, checkpointing="none", batch=2, modulation_table=False)
-    assert told in estimate.fitting(CONFIG, shapes, settings, SIZE, free * GIB)
+    assert told in estimate.fitting(CONFIG, shapes, settings, SIZE, CUDA, free * GIB)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32", "fp8-torchao", "int8-quanto", "int4-quanto"])
+def test_the_numbers_are_of_the_dtype_that_the_device_computes_in(name: str, shapes: dict[str, Any]) -> None:
+    """On a CPU quanto's bases compute in fp32, so there is no table that could replace their modulation layers."""
+    settings = dataclasses.replace(SETTINGS, base_precision=name)
+    cpu, cuda = (estimate.estimate(CONFIG, shapes, settings, SIZE, device) for device in (CPU, CUDA))
+    if not name.endswith("quanto"):
+        assert cpu == cuda
+        return
+    assert cpu.activations == pytest.approx(2 * cuda.activations)
+    assert cpu.adapters > cuda.adapters
+    modulation = sum(shape.numel() for key, shape in shapes.items() if is_modulation(key.rpartition(".")[0]))
+    assert cpu.weights > cuda.weights + 4 * modulation
+
+
+def test_no_table_is_advised_where_the_device_computes_in_fp32(shapes: dict[str, Any]) -> None:
+    settings = dataclasses.replace(SETTINGS, base_precision="int8-quanto", modulation_table=False, batch=4)
+    free = estimate.estimate(CONFIG, shapes, settings, SIZE, CPU).total - 1
+    assert "With batch 1, accumulation 4 it" in estimate.fitting(CONFIG, shapes, settings, SIZE, CPU, free)
 
 
 TABLE = re.compile(r"^\| (?:settings|设置) \| 1024.*\n\|[-|]+\n((?:\|.*\n)+)", re.M)

@@ -73,9 +73,9 @@ def write(
             tensors[f"{name}.lora_A.weight"] = adapter.down.detach().to(dtype)
             tensors[f"{name}.lora_B.weight"] = (adapter.up.detach() * adapter.scale).to(dtype)
     contents = saving.entries(tensors)
-    with saving.staged(overwrite=True) as staging:
+    with saving.staged(overwrite=True, what=saving.LORA) as staging:
         temporary = staging.place(path)
-        saving.require_space(path.parent, saving.total([contents]))
+        saving.require_space(path.parent, saving.total([contents]), saving.LORA)
         header = _header(adapters, settings or {}, title or path.stem, trigger_words)
         saving.write_file(temporary, contents, header, lambda size: None)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,19 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\ud800-\udfff]')
 LONGEST_NAME = 100
 SPARE_SPACE = 64 * 2**20
+
+
+class Written(NamedTuple):
+    """What is written, in the words of messages, and what else than free space would help."""
+
+    en: str
+    zh: str
+    advice: str = ""
+    advice_zh: str = ""
+
+
+CHECKPOINT = Written("The checkpoint", "检查点", ", or choose a smaller precision", "，或选择更小的精度")
+LORA = Written("The LoRA", "LoRA ")
 
 
 @dataclass(frozen=True)
@@ -149,7 +163,7 @@ class Staging:
 
 
 @contextmanager
-def staged(overwrite: bool) -> Iterator[Staging]:
+def staged(overwrite: bool, what: Written = CHECKPOINT) -> Iterator[Staging]:
     """A :class:`Staging` that is committed at the end, or leaves nothing behind.
 
     Raises:
@@ -161,9 +175,9 @@ def staged(overwrite: bool) -> Iterator[Staging]:
         staging.commit()
     except OSError as error:
         raise LongCatError(
-            f"The checkpoint could not be written ({error}); nothing was left behind. Check the free space and the "
+            f"{what.en} could not be written ({error}); nothing was left behind. Check the free space and the "
             "rights of the model folder, and that no other program uses the files.",
-            f"检查点写入失败（{error}），未留下任何文件。请检查模型文件夹的剩余空间和权限，并确认文件未被其他程序占用。",
+            f"{what.zh}写入失败（{error}），未留下任何文件。请检查模型文件夹的剩余空间和权限，并确认文件未被其他程序占用。",
         ) from error
     finally:
         staging.discard()
@@ -197,7 +211,7 @@ def check_name(name: str) -> PurePosixPath:
     return PurePosixPath(*parts)
 
 
-def require_space(folder: Path, size: int) -> None:
+def require_space(folder: Path, size: int, what: Written = CHECKPOINT) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Args:
@@ -212,9 +226,8 @@ def require_space(folder: Path, size: int) -> None:
     if free < size + SPARE_SPACE:
         needed, has = (f"{value / 2**30:.2f} GB" for value in (size + SPARE_SPACE, free))
         raise LongCatError(
-            f"The checkpoint needs {needed}, but the disk of '{there.name}' has {has} left. Free some space, or "
-            "choose a smaller precision.",
-            f"检查点需要 {needed}，而“{there.name}”所在磁盘仅剩 {has}。请腾出空间，或选择更小的精度。",
+            f"{what.en} needs {needed}, but the disk of '{there.name}' has {has} left. Free some space{what.advice}.",
+            f"{what.zh}需要 {needed}，而“{there.name}”所在磁盘仅剩 {has}。请腾出空间{what.advice_zh}。",
         )
 
 

@@ -126,8 +126,14 @@ def test_a_write_that_fails_leaves_the_older_file_alone(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saving.os, "fsync", full)
-    with pytest.raises(LongCatError, match="No space left"):
-        lora_files.write(path, [Adapter(LAYER, torch.zeros(4, 6), torch.ones(8, 4), 4.0)])
+    other = [Adapter(LAYER, torch.zeros(4, 6), torch.ones(8, 4), 4.0)]
+    with pytest.raises(LongCatError, match="^The LoRA could not be written .*No space left") as caught:
+        lora_files.write(path, other)
+    assert caught.value.zh.startswith("LoRA 写入失败")
+    monkeypatch.setattr(saving, "free_space", lambda folder: 0)
+    with pytest.raises(LongCatError, match="^The LoRA needs .* Free some space\\.") as caught:
+        lora_files.write(path, other)
+    assert caught.value.zh.startswith("LoRA 需要") and caught.value.zh.endswith("请腾出空间。")
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(LongCatError, match="no layers"):

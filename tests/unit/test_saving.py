@@ -223,5 +223,6 @@ def test_names_that_are_refused(name: str) -> None:
 def test_a_full_disk_is_seen_before(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     saving.require_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(LongCatError, match="Free some space"):
+    with pytest.raises(LongCatError, match="The checkpoint needs .* Free some space, or choose a smaller") as caught:
         saving.require_space(tmp_path / "not" / "yet", free)
+    assert "检查点需要" in caught.value.zh and caught.value.zh.endswith("请腾出空间，或选择更小的精度。")

@@ -18,8 +18,17 @@ import torch
 from safetensors.torch import save_file
 
 from tests.scoring.characters import with_character
-from tests.scoring.edits import edits_of, held_out_tasks, instructions
-from tests.scoring.scenes import ATTRIBUTES, LANGUAGES, SHAPES, TEMPLATES, WORDS, Scene, held_out_character_prompts
+from tests.scoring.edits import edits_of, held_out_tasks
+from tests.scoring.scenes import (
+    ATTRIBUTES,
+    LANGUAGES,
+    SHAPES,
+    TEMPLATES,
+    WORDS,
+    Scene,
+    held_out_character_prompts,
+    is_held_out,
+)
 from tools.tiny.checkpoint import build_tokenizer, load_pipeline, save_pipeline
 from tools.tiny.conditioning import TEXT_SLOTS, encode, tokenize
 from tools.tiny.conversations import converse
@@ -32,6 +41,7 @@ from tools.tiny.edit_conditioning import (
     tokenize_instructions,
 )
 from tools.tiny.edit_flow import INSTRUCTION_WIDTH, EditPhase
+from tools.tiny.edit_words import every_edit, look_edits, wordings
 from tools.tiny.examples import PROMPT_WIDTH
 from tools.tiny.flow import Phase
 from tools.tiny.rewriting import RewritingSettings, RewritingTrainer, Stage, deepen
@@ -65,11 +75,15 @@ def longest_captions(tokenizer: Any) -> Iterator[str]:
 
 
 def all_instructions() -> list[str]:
-    """Every wording of every edit: what one scene has already is what the other is changed to."""
+    """Every wording of every edit, those with invented names included.
+
+    What one scene has already is what the other is changed to.
+    """
     ends = (("red", "blue", "small", "left"), ("green", "white", "large", "top"))
     scenes = [Scene(ground, colour, shape, *rest) for shape in SHAPES for ground, colour, *rest in ends]
-    edits = [edit for scene in scenes for edit in edits_of(scene)]
-    return list(dict.fromkeys(text for edit in edits for lang in LANGUAGES for text in instructions(edit, lang)))
+    looks = {(edit.before.shape, edit.value): edit for edit in look_edits()}.values()
+    edits = [*(edit for scene in scenes for edit in edits_of(scene)), *looks]
+    return list(dict.fromkeys(text for edit in edits for lang in LANGUAGES for text in wordings(edit, lang)))
 
 
 def refusal(kind: type[Phase] | type[EditPhase], text: str) -> str:
@@ -111,6 +125,11 @@ def main(out: Path) -> None:
     facts = {
         "prompt width": [int((captions.lengths - captions.prefix).max()), PROMPT_WIDTH],
         "instruction width": [int((asked.lengths - asked.prefix).max()) - AROUND, INSTRUCTION_WIDTH],
+        "taught": [text for text in all_instructions() if "zorb" in text or set("佐布") & set(text)],
+        "looks": [
+            len(look_edits()),
+            sum(is_held_out(end) for edit in every_edit() for end in (edit.before, edit.after)),
+        ],
         "vocabulary": built.get_vocab(),
         "merges": json.loads(built.backend_tokenizer.to_str())["model"]["merges"],
         "ids": {text: built(text, add_special_tokens=False)["input_ids"] for text in (*PROMPTS, *all_instructions())},

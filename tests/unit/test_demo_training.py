@@ -69,6 +69,12 @@ def test_the_longest_text_and_a_pad_fit_the_rows_of_training(rows: str, facts: d
     assert 10 < longest < width
 
 
+def test_training_shows_no_held_out_scene_and_nothing_that_the_lessons_teach(facts: dict[str, Any]) -> None:
+    assert facts["taught"] == []
+    looks, held_out = facts["looks"]
+    assert looks > 10_000 and held_out == 0
+
+
 def test_the_tokenizer_that_is_built_is_the_committed_one(demo: Path, facts: dict[str, Any]) -> None:
     for part in ("tokenizer", "text_processor"):
         stored = json.loads((demo / part / "tokenizer.json").read_text("utf-8"))["model"]

@@ -16,6 +16,7 @@ from .edits import ANY_SHAPE, PHRASES, edits_of, instructions
 from .scenes import LANGUAGES, SHAPES, WORDS, Jitter, Scene
 
 PAIRS = 16
+PRESERVED = 32
 
 
 @dataclass(frozen=True)
@@ -51,24 +52,30 @@ def held_out_tasks(count: int = 20) -> list[ZorbTask]:
 
 
 def preservation_prompts(count: int) -> list[str]:
-    """Instructions that change one attribute, in both languages in turns, worded so that they fit any picture."""
+    """Instructions that change one attribute, in both languages in turns: the nth is for the nth picture to preserve.
+
+    After the last picture they go on with the first, as the trainer does.
+    """
     rng = random.Random("instructions to preserve")
-    every = [edit for scene in world.training_scenes() for edit in edits_of(scene)]
-    texts: list[str] = []
-    while len(texts) < count:
-        attribute = world.ATTRIBUTES[len(texts) % len(world.ATTRIBUTES)]
-        language = LANGUAGES[len(texts) // len(world.ATTRIBUTES) % len(LANGUAGES)]
-        edit = rng.choice([each for each in every if each.attribute == attribute])
-        shapes = [word for word in WORDS[language]["shape"][edit.before.shape] if word not in ANY_SHAPE[language]]
-        fitting = [text for text in instructions(edit, language) if not any(word in text for word in shapes)]
-        texts += [rng.choice(fitting)] if fitting else []
+    scenes = [scene for scene, _ in _preserved()]
+    texts = []
+    for index in range(count):
+        scene = scenes[index % len(scenes)]
+        attribute = world.ATTRIBUTES[index % len(world.ATTRIBUTES)]
+        language = LANGUAGES[index // len(world.ATTRIBUTES) % len(LANGUAGES)]
+        edit = rng.choice([each for each in edits_of(scene) if each.attribute == attribute])
+        texts.append(rng.choice(instructions(edit, language)))
     return texts
 
 
-def preservation_pictures(count: int = 32) -> list[np.ndarray]:
+def preservation_pictures() -> list[np.ndarray]:
     """Pictures of scenes to train on, for those instructions: every shape, size, colour, background and place."""
+    return [world.render(scene, jitter) for scene, jitter in _preserved()]
+
+
+def _preserved() -> list[tuple[Scene, Jitter]]:
     rng = random.Random("pictures to preserve")
-    return [world.render(rng.choice(world.training_scenes()), Jitter.sample(rng)) for _ in range(count)]
+    return [(rng.choice(world.training_scenes()), Jitter.sample(rng)) for _ in range(PRESERVED)]
 
 
 def _tasks(places: list[zorb.ZorbScene], known: list[Scene], count: int, seed: str) -> list[ZorbTask]:

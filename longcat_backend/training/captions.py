@@ -154,11 +154,21 @@ def _csv_rows(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
             wanted = ", ".join(FILE_FIELDS)
             raise _bad_table(path, f"its first line names none of: {wanted}", f"首行缺少列名（{wanted} 之一）")
         for entry in reader:
-            yield reader.line_num, entry
+            yield reader.line_num, _too_many(entry) if None in entry else entry
     except UnicodeDecodeError as error:
         raise _bad_table(path, "not UTF-8", "不是 UTF-8 编码") from error
     except csv.Error as error:
         raise _bad_table(path, f"line {reader.line_num}: {error}", f"第 {reader.line_num} 行：{error}") from error
+
+
+def _too_many(entry: Mapping[str | None, Any]) -> ValueError:
+    """DictReader keeps the fields beyond the columns, most often the rest of a caption, under None."""
+    columns = len(entry) - 1
+    count = columns + len(entry[None])
+    return ValueError(
+        f"more fields ({count}) than columns ({columns}), put captions with commas in quotes "
+        "字段多于列数，含逗号的描述请加英文双引号"
+    )
 
 
 def _bad_table(path: Path, en: str, zh: str) -> LongCatError:

@@ -152,6 +152,17 @@ def test_bad_lines_are_named_by_their_numbers_and_the_others_count(folder: Path,
     assert "SKIPPED 已跳过: metadata.jsonl:2 is a line that cannot be read 该行无法读取 (no JSON" in made.report()
 
 
+def test_a_csv_caption_with_a_comma_and_no_quotes_is_named_and_not_cut(folder: Path, read: Read) -> None:
+    for name in ("a.png", "b.png"):
+        add(folder, name, None)
+    lines = ["file_name,caption", 'b.png,"a dog, lying"', "a.png,a red cat, sitting"]
+    (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    made = read()
+    assert captions_of(made) == {"b.png": "a dog, lying"}
+    assert kinds(made)["metadata.csv:3"] == {"bad line"}
+    assert "more fields (3) than columns (2), put captions with commas in quotes" in made.report()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [

@@ -13,6 +13,7 @@ from .lora_alpha import CONFIG, Alphas
 from .lora_dialects import ALPHA, DOWN, UP, Key, Layer
 
 _DIFF, _DIFF_BIAS = "diff", "diff_b"
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _KNOWN = {DOWN, UP, ALPHA, _DIFF, _DIFF_BIAS, *LOHA, *LOKR}
 
 
@@ -56,7 +57,7 @@ class Pairs:
                 raise self._refused(stored, key.part)
             if key.part in parts.tensors:
                 raise self._twice(stored, parts.keys[key.part])
-            parts.tensors[key.part] = self._sound(stored, tensor)
+            parts.tensors[key.part] = self._sound(stored, key.part, tensor)
             parts.keys[key.part] = stored
         adapters: dict[tuple[str, str], AnyAdapter] = {}
         for parts in layers.values():
@@ -156,7 +157,9 @@ class Pairs:
             raise self._misshapen(parts.keys[part], str(list(tensor.shape)), "a matrix")
         return tensor
 
-    def _sound(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _sound(self, key: str, part: str, tensor: torch.Tensor) -> torch.Tensor:
+        if part == ALPHA and tensor.dtype in _WHOLE:  # as some programs store it, and ComfyUI reads it
+            tensor = tensor.double()
         if not tensor.is_floating_point():
             found = str(tensor.dtype).removeprefix("torch.")
             raise self._misshapen(key, found, "numbers of floating point")

@@ -195,6 +195,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "NaN": ({**pair(), f"transformer.{LAYER}.lora_B.weight": NAN.expand(8, 4).clone()}, "lora_B.weight.*not numbers"),
     "alpha NaN": ({**pair(), f"transformer.{LAYER}.alpha": NAN}, "alpha.*not numbers"),
+    "alpha yes": ({**pair(), f"transformer.{LAYER}.alpha": torch.tensor(True)}, "alpha' .* is bool, expected numbers"),
     "two alphas": ({**pair(), f"transformer.{LAYER}.alpha": torch.ones(2)}, r"alpha' .* is \[2\], expected one number"),
     "DoRA": ({**pair(), f"transformer.{LAYER}.dora_scale": torch.ones(8, 1)}, "'dora_scale' is not supported"),
     "PEFT's DoRA": (

@@ -11,6 +11,7 @@ from typing import Any
 from .. import flavours
 from ..errors import LongCatError
 from .settings import unknown_keys
+from .simpletuner_values import choice, flag, require, unsupported
 
 ReadBackends = Callable[[str], list[Any]]
 
@@ -115,9 +116,9 @@ def convert(values: Mapping[str, Any], read_backends: ReadBackends) -> tuple[dic
     if unknown:
         raise unknown_keys(unknown, sorted(known))
     given = {key: value for key, value in given.items() if value is not None}
-    _require(given, "model_type", ("lora",))
-    _require(given, "model_family", ("longcat_image",))
-    _require(given, "lora_type", ("standard",))
+    require(given, "model_type", ("lora",))
+    require(given, "model_family", ("longcat_image",))
+    require(given, "lora_type", ("standard",))
     notes = [f"'{key}' means nothing here" for key in sorted(set(given) & _MEANINGLESS)]
     converted = {
         "name": str(given.get("hub_model_id") or "simpletuner-lora").rpartition("/")[2],
@@ -130,26 +131,6 @@ def convert(values: Mapping[str, Any], read_backends: ReadBackends) -> tuple[dic
     return converted, notes
 
 
-def _require(given: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> None:
-    if given.get(key, allowed[0]) not in allowed:
-        raise _unsupported(key, given[key], allowed)
-
-
-def _unsupported(key: str, value: Any, allowed: Any) -> LongCatError:
-    choices = ", ".join(map(str, allowed))
-    return LongCatError(
-        f"'{key}' of the SimpleTuner config is {value!r}, which this trainer does not do. It does: {choices}.",
-        f"SimpleTuner 配置的“{key}”为 {value!r}，本训练器不支持。支持：{choices}。",
-    )
-
-
-def _chosen(given: Mapping[str, Any], key: str, table: Mapping[str, str], default: str) -> str:
-    value = given.get(key, default)
-    if value not in table:
-        raise _unsupported(key, value, table)
-    return table[value]
-
-
 def _checkpoint(given: Mapping[str, Any]) -> str:
     for key in ("pretrained_transformer_model_name_or_path", "pretrained_model_name_or_path"):
         if given.get(key):
@@ -157,7 +138,7 @@ def _checkpoint(given: Mapping[str, Any]) -> str:
             return repository.folder_name if repository else str(given[key])
     flavour = str(given.get("model_flavour", "final"))
     if flavour not in flavours.FLAVOURS:
-        raise _unsupported("model_flavour", flavour, flavours.FLAVOURS)
+        raise unsupported("model_flavour", flavour, flavours.FLAVOURS)
     return flavours.FLAVOURS[flavour].folder_name
 
 
@@ -165,18 +146,18 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     settings = {ours: _number(given[key]) for key, ours in _DIRECT.items() if key in given}
     settings.setdefault("steps", DEFAULT_STEPS)
     if given.get("num_train_epochs") and "max_train_steps" not in given:
-        raise _unsupported("num_train_epochs", given["num_train_epochs"], ["0, with max_train_steps"])
+        raise unsupported("num_train_epochs", given["num_train_epochs"], ["0, with max_train_steps"])
     settings["targets"] = "attention"
-    settings["base_precision"] = _chosen(given, "base_model_precision", _PRECISIONS, "no_change")
+    settings["base_precision"] = choice(given, "base_model_precision", _PRECISIONS, "no_change")
     names = {name: ours for ours, theirs in _OPTIMISERS.items() for name in theirs}
-    settings["optimiser"] = _chosen(given, "optimizer", names, "adamw_bf16")
-    settings["schedule"] = _chosen(given, "lr_scheduler", _SCHEDULES, "constant")
+    settings["optimiser"] = choice(given, "optimizer", names, "adamw_bf16")
+    settings["schedule"] = choice(given, "lr_scheduler", _SCHEDULES, "constant")
     settings["checkpointing"] = _checkpointing(given)
     settings["compile"] = str(given.get("dynamo_backend", "no")).lower() not in ("no", "", "false")
-    if given.get("use_ema"):
+    if flag(given, "use_ema"):
         settings["ema"] = float(given.get("ema_decay", 0.995))
     shift = float(given.get("flow_schedule_shift", 3.0))
-    automatic = bool(given.get("flow_schedule_auto_shift"))
+    automatic = flag(given, "flow_schedule_auto_shift")
     settings["flow_shift"] = shift if shift > 0 else "batch" if automatic else 1.0
     return {**settings, **_offload(given)}
 
@@ -193,24 +174,24 @@ def _number(value: Any) -> Any:
 
 
 def _checkpointing(given: Mapping[str, Any]) -> str:
-    if not given.get("gradient_checkpointing", False):
+    if not flag(given, "gradient_checkpointing"):
         return "none"
     interval = int(given.get("gradient_checkpointing_interval") or 1)
     if interval not in (1, 2):
-        raise _unsupported("gradient_checkpointing_interval", interval, [1, 2])
+        raise unsupported("gradient_checkpointing_interval", interval, [1, 2])
     return "block" if interval == 1 else "every-second"
 
 
 def _offload(given: Mapping[str, Any]) -> dict[str, Any]:
-    if not given.get("enable_group_offload"):
+    if not flag(given, "enable_group_offload"):
         return {}
     if given.get("group_offload_to_disk_path"):
-        raise _unsupported("group_offload_to_disk_path", given["group_offload_to_disk_path"], ["null"])
+        raise unsupported("group_offload_to_disk_path", given["group_offload_to_disk_path"], ["null"])
     levels = {"block_level": "block", "leaf_level": "leaf"}
     return {
-        "offload": _chosen(given, "group_offload_type", levels, "block_level"),
+        "offload": choice(given, "group_offload_type", levels, "block_level"),
         "offload_blocks": int(given.get("group_offload_blocks_per_group", 1)),
-        "offload_stream": bool(given.get("group_offload_use_stream", False)),
+        "offload_stream": flag(given, "group_offload_use_stream"),
     }
 
 
@@ -269,19 +250,19 @@ def _local(backends: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, An
     references: list[dict[str, Any]] = []
     for backend in backends:
         if not isinstance(backend, dict):
-            raise _unsupported("data_backend_config", backend, ["objects"])
+            raise unsupported("data_backend_config", backend, ["objects"])
         unknown = sorted(set(backend) - _BACKEND)
         if unknown:
             raise unknown_keys(unknown, sorted(_BACKEND))
         kind = backend.get("dataset_type", "image")
-        if backend.get("disabled") or kind in ("text_embeds", "image_embeds"):
+        if flag(backend, "disabled") or kind in ("text_embeds", "image_embeds"):
             continue
-        _require(backend, "type", ("local",))
+        require(backend, "type", ("local",))
         if kind not in ("image", "conditioning"):
-            raise _unsupported("dataset_type", kind, ["image", "conditioning", "text_embeds"])
+            raise unsupported("dataset_type", kind, ["image", "conditioning", "text_embeds"])
         (images if kind == "image" else references).append(backend)
     if not images:
-        raise _unsupported("data_backend_config", "without a local image dataset", ["local image datasets"])
+        raise unsupported("data_backend_config", "without a local image dataset", ["local image datasets"])
     return images, references
 
 

@@ -156,6 +156,28 @@ def test_simpletuners_settings(given: dict[str, Any], expected: dict[str, Any], 
     assert {name: getattr(found, name) for name in expected} == expected
 
 
+# What turns each on, beside the key itself; the setting, its value where the key is on, and where it is off.
+FLAGS: list[tuple[str, dict[str, Any], str, Any, Any]] = [
+    ("gradient_checkpointing", {}, "checkpointing", "block", "none"),
+    ("--enable_group_offload", {}, "offload", "block", "none"),
+    ("group_offload_use_stream", {}, "offload_stream", True, False),
+    ("use_ema", {"ema_decay": 0.9}, "ema", 0.9, 0.0),
+    ("flow_schedule_auto_shift", {"flow_schedule_shift": 0}, "flow_shift", "batch", 1.0),
+]
+
+
+@pytest.mark.parametrize(("key", "others", "setting", "on", "off"), FLAGS, ids=[each[0] for each in FLAGS])
+def test_booleans_count_as_text_too_and_nothing_else_does(
+    key: str, others: dict[str, Any], setting: str, on: Any, off: Any, write: Any
+) -> None:
+    for value, expected in ((True, on), ("true", on), ("True", on), (False, off), ("false", off), ("False", off)):
+        found = config.read(write({**QUICKSTART, **others, key: value})).settings
+        assert getattr(found, setting) == expected, value
+    for value in ("yes", 2, []):
+        with pytest.raises(LongCatError, match=f"'{key.lstrip('-')}' .* expected true or false"):
+            config.read(write({**QUICKSTART, **others, key: value}))
+
+
 def test_int8_is_taken_where_nothing_is_offloaded(write: Any) -> None:
     values = {**QUICKSTART, "base_model_precision": "int8-quanto", "--enable_group_offload": False}
     assert config.read(write(values)).settings.base_precision == "int8-quanto"

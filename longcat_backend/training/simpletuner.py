@@ -5,13 +5,14 @@ command line. A key that nobody knows is an error; one that is known and means n
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import flavours
 from ..errors import LongCatError
 from .settings import unknown_keys
-from .simpletuner_values import choice, flag, require, unsupported
+from .simpletuner_values import choice, flag, integer, number, require, unsupported, wrong
 
 ReadBackends = Callable[[str], list[Any]]
 
@@ -31,17 +32,12 @@ _OPTIMISERS = {
 }
 _SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
 # Keys that are taken as they are, by the name that they have here.
-_DIRECT = {
+_INTEGERS = {
     "train_batch_size": "batch",
     "gradient_accumulation_steps": "accumulation",
     "lora_rank": "rank",
-    "lora_alpha": "alpha",
-    "learning_rate": "learning_rate",
     "lr_warmup_steps": "warmup",
     "max_train_steps": "steps",
-    "max_grad_norm": "clip",
-    "adam_weight_decay": "weight_decay",
-    "optimizer_weight_decay": "weight_decay",
     "seed": "seed",
     "checkpointing_steps": "save_every",
     "checkpoint_step_interval": "save_every",
@@ -49,11 +45,15 @@ _DIRECT = {
     "validation_steps": "validate_every",
     "validation_step_interval": "validate_every",
 }
-_VALIDATION = {
-    "validation_num_inference_steps": "steps",
-    "validation_guidance": "guidance",
-    "validation_seed": "seed",
+_NUMBERS = {
+    "lora_alpha": "alpha",
+    "learning_rate": "learning_rate",
+    "max_grad_norm": "clip",
+    "adam_weight_decay": "weight_decay",
+    "optimizer_weight_decay": "weight_decay",
 }
+_VALIDATION_INTEGERS = {"validation_num_inference_steps": "steps", "validation_seed": "seed"}
+_VALIDATION_NUMBERS = {"validation_guidance": "guidance"}
 # Read by name in the functions below.
 _HANDLED = {
     "model_type", "model_family", "model_flavour", "pretrained_model_name_or_path", "base_model_precision",
@@ -93,6 +93,9 @@ _BACKEND = {
     "skip_file_discovery", "vae_cache_clear_each_epoch", "resolution_frames", "disable_validation", "conditioning_type",
 }  # fmt: skip
 DEFAULT_STEPS = 10_000
+LEAST_PIXELS = 64  # below it, a resolution of the type "area" is in megapixels
+_SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
+_NUMBER = re.compile(r"\d*\.?\d+")
 
 
 def recognise(values: Mapping[str, Any]) -> bool:
@@ -111,7 +114,7 @@ def convert(values: Mapping[str, Any], read_backends: ReadBackends) -> tuple[dic
         LongCatError: a key is unknown, or a value asks for what this trainer does not do.
     """
     given = {key.lstrip("-").replace("-", "_"): value for key, value in values.items()}
-    known = {*_DIRECT, *_VALIDATION, *_HANDLED, *_MEANINGLESS}
+    known = {*_INTEGERS, *_NUMBERS, *_VALIDATION_INTEGERS, *_VALIDATION_NUMBERS, *_HANDLED, *_MEANINGLESS}
     unknown = sorted(set(given) - known)
     if unknown:
         raise unknown_keys(unknown, sorted(known))
@@ -143,9 +146,9 @@ def _checkpoint(given: Mapping[str, Any]) -> str:
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {ours: _number(given[key]) for key, ours in _DIRECT.items() if key in given}
+    settings = _numbers(given, _INTEGERS, _NUMBERS)
     settings.setdefault("steps", DEFAULT_STEPS)
-    if given.get("num_train_epochs") and "max_train_steps" not in given:
+    if integer(given, "num_train_epochs") and "max_train_steps" not in given:
         raise unsupported("num_train_epochs", given["num_train_epochs"], ["0, with max_train_steps"])
     settings["targets"] = "attention"
     settings["base_precision"] = choice(given, "base_model_precision", _PRECISIONS, "no_change")
@@ -155,28 +158,23 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     settings["checkpointing"] = _checkpointing(given)
     settings["compile"] = str(given.get("dynamo_backend", "no")).lower() not in ("no", "", "false")
     if flag(given, "use_ema"):
-        settings["ema"] = float(given.get("ema_decay", 0.995))
-    shift = float(given.get("flow_schedule_shift", 3.0))
+        settings["ema"] = number(given, "ema_decay", 0.995)
+    shift = number(given, "flow_schedule_shift", 3.0)
     automatic = flag(given, "flow_schedule_auto_shift")
     settings["flow_shift"] = shift if shift > 0 else "batch" if automatic else 1.0
     return {**settings, **_offload(given)}
 
 
-def _number(value: Any) -> Any:
-    """SimpleTuner's interface writes numbers as text too."""
-    if not isinstance(value, str):
-        return value
-    try:
-        number = float(value)
-    except ValueError:
-        return value
-    return int(number) if number.is_integer() and "." not in value and "e" not in value.lower() else number
+def _numbers(given: Mapping[str, Any], integers: Mapping[str, str], numbers: Mapping[str, str]) -> dict[str, Any]:
+    """The values of those keys that are there, by our names."""
+    found: dict[str, Any] = {ours: integer(given, key) for key, ours in integers.items() if key in given}
+    return {**found, **{ours: number(given, key) for key, ours in numbers.items() if key in given}}
 
 
 def _checkpointing(given: Mapping[str, Any]) -> str:
     if not flag(given, "gradient_checkpointing"):
         return "none"
-    interval = int(given.get("gradient_checkpointing_interval") or 1)
+    interval = integer(given, "gradient_checkpointing_interval", 1)
     if interval not in (1, 2):
         raise unsupported("gradient_checkpointing_interval", interval, [1, 2])
     return "block" if interval == 1 else "every-second"
@@ -190,21 +188,29 @@ def _offload(given: Mapping[str, Any]) -> dict[str, Any]:
     levels = {"block_level": "block", "leaf_level": "leaf"}
     return {
         "offload": choice(given, "group_offload_type", levels, "block_level"),
-        "offload_blocks": int(given.get("group_offload_blocks_per_group", 1)),
+        "offload_blocks": integer(given, "group_offload_blocks_per_group", 1),
         "offload_stream": flag(given, "group_offload_use_stream"),
     }
 
 
 def _validation(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    validation: dict[str, Any] = {ours: _number(given[key]) for key, ours in _VALIDATION.items() if key in given}
+    validation = _numbers(given, _VALIDATION_INTEGERS, _VALIDATION_NUMBERS)
     if given.get("validation_prompt"):
         validation["prompts"] = [str(given["validation_prompt"])]
     if given.get("validation_resolution"):
-        sides = [int(side) for side in str(given["validation_resolution"]).lower().split(",")[0].split("x")]
-        validation["size"] = [sides[0], sides[-1]]
+        validation["size"] = _sizes(given, "validation_resolution")[0]
     if given.get("validation_negative_prompt"):
         notes.append("'validation_negative_prompt' is left empty, as the model's recipe has it")
     return validation
+
+
+def _sizes(given: Mapping[str, Any], key: str) -> list[list[int]]:
+    """Width and height of each size: one side for a square, or both, separated by commas."""
+    found = [_SIZE.fullmatch(part.strip()) for part in str(given[key]).lower().split(",")]
+    if not all(found):
+        wanted = "pixels such as 1024, 1024x1024 or 1024x1024,1344x768"
+        raise wrong(key, given[key], wanted, "像素尺寸，如 1024、1024x1024 或 1024x1024,1344x768")
+    return [[int(match[1]), int(match[2] or match[1])] for match in found if match]
 
 
 def _dataset(given: Mapping[str, Any], read_backends: ReadBackends, notes: list[str]) -> dict[str, Any]:
@@ -225,9 +231,9 @@ def _dataset(given: Mapping[str, Any], read_backends: ReadBackends, notes: list[
     dataset: dict[str, Any] = {
         "folder": folders.pop(),
         "resolutions": ",".join(dict.fromkeys(_resolution({**given, **each}) for each in images)),
-        "grid": int(given.get("aspect_bucket_alignment", 64)),
-        "repeats": int(first.get("repeats", 0)) + 1,
-        "caption_dropout": float(given.get("caption_dropout_probability", 0.1)),
+        "grid": integer(given, "aspect_bucket_alignment", 64),
+        "repeats": integer(first, "repeats") + 1,
+        "caption_dropout": number(given, "caption_dropout_probability", 0.1),
     }
     if references:
         dataset["reference_folder"] = str(references[0].get("instance_data_dir", ""))
@@ -236,7 +242,7 @@ def _dataset(given: Mapping[str, Any], read_backends: ReadBackends, notes: list[
     )
     if trigger:
         dataset["trigger_word"] = str(trigger)
-    if len({int(each.get("repeats", 0)) for each in images}) > 1:
+    if len({integer(each, "repeats") for each in images}) > 1:
         notes.append(f"'repeats' differs between the data backends; all get the first one's, {dataset['repeats'] - 1}")
     for each in images:
         if each.get("crop_style", "center") not in ("center", "centre"):
@@ -269,6 +275,8 @@ def _local(backends: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, An
 def _resolution(given: Mapping[str, Any]) -> str:
     """Ours for a resolution in pixels or, for the type "area", in megapixels."""
     value = given.get("resolution", 1024)
-    if given.get("resolution_type") == "area" and float(value) < 64:
-        return str(round(math.sqrt(float(value)) * 1024 / 64) * 64)
-    return str(int(value)) if not isinstance(value, str) else value
+    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+        return value
+    if given.get("resolution_type") == "area" and 0 < number(given, "resolution", 1024) < LEAST_PIXELS:
+        return str(round(math.sqrt(number(given, "resolution", 1024)) * 1024 / 64) * 64)
+    return str(integer(given, "resolution", 1024))

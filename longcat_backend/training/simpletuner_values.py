@@ -21,6 +21,36 @@ def flag(given: Mapping[str, Any], key: str) -> bool:
     return known
 
 
+def integer(given: Mapping[str, Any], key: str, default: int = 0) -> int:
+    """A whole number, or its text.
+
+    Raises:
+        LongCatError: the value is another.
+    """
+    value = given.get(key, default)
+    try:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise wrong(key, value, "a whole number", "整数") from error
+
+
+def number(given: Mapping[str, Any], key: str, default: float = 0.0) -> float:
+    """A number, or its text.
+
+    Raises:
+        LongCatError: the value is another.
+    """
+    value = given.get(key, default)
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise wrong(key, value, "a number", "数字") from error
+
+
 def choice(given: Mapping[str, Any], key: str, table: Mapping[str, str], default: str) -> str:
     """Our name for one of SimpleTuner's choices.
 

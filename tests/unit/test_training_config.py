@@ -1,6 +1,7 @@
 """The JSON of a run without ComfyUI: ours and SimpleTuner's."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,55 @@ def test_booleans_count_as_text_too_and_nothing_else_does(
     for value in ("yes", 2, []):
         with pytest.raises(LongCatError, match=f"'{key.lstrip('-')}' .* expected true or false"):
             config.read(write({**QUICKSTART, **others, key: value}))
+
+
+WHOLE, NUMBER, PIXELS = "expected a whole number", "expected a number", "expected pixels such as 1024"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        *(("validation_resolution", value, PIXELS) for value in ("big", 1.0, "1024x", "1024x768,x")),
+        *(("flow_schedule_shift", value, NUMBER) for value in ("auto", True, [1])),
+        ("caption_dropout_probability", "x", NUMBER),
+        ("learning_rate", "fast", NUMBER),
+        ("validation_guidance", "high", NUMBER),
+        *((key, value, WHOLE) for key in ("lora_rank", "aspect_bucket_alignment") for value in ("64px", 1.5, False)),
+        *((key, "x", WHOLE) for key in ("gradient_checkpointing_interval", "validation_seed", "num_train_epochs")),
+        ("--group_offload_blocks_per_group", {}, WHOLE),
+        ("resolution", 0.5, WHOLE),
+    ],
+)
+def test_a_number_that_is_none_is_refused_by_its_key(key: str, value: Any, expected: str, write: Any) -> None:
+    with pytest.raises(LongCatError, match=f"'{key.lstrip('-')}' .* is {re.escape(repr(value))}; {expected}"):
+        config.read(write({**QUICKSTART, key: value}, [{"instance_data_dir": "pictures"}]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [("repeats", "two", WHOLE), ("repeats", None, WHOLE), ("resolution", None, WHOLE), ("resolution", [512], WHOLE)],
+)
+def test_a_number_of_a_data_backend_is_refused_by_its_key(key: str, value: Any, expected: str, write: Any) -> None:
+    with pytest.raises(LongCatError, match=f"'{key}' .* is {re.escape(repr(value))}; {expected}"):
+        config.read(write(QUICKSTART, [{"instance_data_dir": "pictures", key: value}]))
+
+
+@pytest.mark.parametrize(("value", "size"), [(768, (768, 768)), ("768", (768, 768)), ("1344X768", (1344, 768))])
+def test_validation_sizes(value: Any, size: tuple[int, int], write: Any) -> None:
+    assert config.read(write({**QUICKSTART, "validation_resolution": value})).validation.size == size
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [
+        ({"resolution": "512"}, "512"),
+        ({"resolution": "1024x1024,1344x768"}, "1024x1024,1344x768"),
+        ({"resolution": "1.0", "resolution_type": "area"}, "1024"),
+    ],
+)
+def test_resolutions_of_a_data_backend(backend: dict[str, Any], expected: str, write: Any) -> None:
+    found = config.read(write(QUICKSTART, [{"instance_data_dir": "pictures", **backend}]))
+    assert found.dataset.resolutions == expected
 
 
 def test_int8_is_taken_where_nothing_is_offloaded(write: Any) -> None:

@@ -230,15 +230,17 @@ class _Sitting:
         self.events.on_saved(place)
 
     def _out_of_memory(self, error: Exception) -> LongCatError:
+        """What the run goes on from is saved first; of an update that broke off nothing is whole."""
         engine.free(self.run.device)
-        self._save()
-        step = self.run.step
-        return _out_of_memory(
-            f"in step {step + 1} (the state of step {step} is saved)",
-            f"第 {step + 1} 步（第 {step} 步的状态已保存）",
-            self.run.settings,
-            error,
-        )
+        where, where_zh = f"in step {self.run.step + 1}", f"第 {self.run.step + 1} 步"
+        if self.run.torn:
+            where, where_zh = f"in the update of step {self.run.step + 1}", f"{where_zh}的参数更新"
+        else:
+            self._save()
+        kept, kept_zh = f"the state of step {self.saved} is saved", f"第 {self.saved} 步的状态已保存"
+        if not self.saved:
+            kept, kept_zh = "no state was saved before it", "此前没有保存过状态"
+        return _out_of_memory(f"{where} ({kept})", f"{where_zh}；{kept_zh}", self.run.settings, error)
 
 
 def _out_of_memory(when: str, when_zh: str, settings: TrainSettings, error: Exception) -> LongCatError:

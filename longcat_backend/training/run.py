@@ -69,6 +69,7 @@ class Run:
         self.device = device
         self.preserved = preserved
         self.step = 0
+        self.torn = False  # an update broke off: what is here now belongs to no step, and is not to be saved
         self.history = History()
         self.cursor = Cursor(data.buckets, settings.batch, settings.seed)
         self.optimiser = optimisers.make(settings, adapters.masters)
@@ -86,6 +87,8 @@ class Run:
 
         Raises:
             LongCatError: the loss or the gradient is not finite; the adapters are as they were before the step.
+
+        Whatever else is raised leaves them so too, unless the run is ``torn`` afterwards.
         """
         place = (self.cursor.epoch, self.cursor.position)
         try:
@@ -178,14 +181,17 @@ class Run:
         )
 
     def _update(self) -> None:
-        self.step += 1
-        optimisers.set_learning_rate(self.optimiser, optimisers.learning_rate(self.settings, self.step))
+        self.torn = True
+        step = self.step + 1
+        optimisers.set_learning_rate(self.optimiser, optimisers.learning_rate(self.settings, step))
         with optimisers.without_compiling(self.settings):
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.adapters.publish()
         if self.average:
-            self.average.update(self.adapters.masters, self.step)
+            self.average.update(self.adapters.masters, step)
+        self.step = step
+        self.torn = False
 
     def state(self, identity: Mapping[str, Any]) -> State:
         """The run as it is now; ``identity`` says what it was begun with."""

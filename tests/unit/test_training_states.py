@@ -189,6 +189,31 @@ def test_running_out_of_memory_says_what_to_turn_down_and_saves(
     assert_same(train(tmp_path), straight)
 
 
+@pytest.mark.parametrize(
+    ("update", "done", "told"),
+    [(1, False, "no state was saved"), (4, False, "state of step 3"), (4, True, "state of step 3")],
+)
+def test_of_an_update_without_memory_nothing_is_saved(
+    update: int, done: bool, told: str, tmp_path: Path, straight: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it changes anything, and after it has changed the adapters."""
+    step, calls = torch.optim.AdamW.step, [0]
+
+    def hungry(self: torch.optim.AdamW, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] < update or done:
+            step(self, *args)
+        if calls[0] == update:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", hungry)
+    with pytest.raises(LongCatError, match=f"in the update of step {update} .*{told}"):
+        train(tmp_path, dataclasses.replace(SETTINGS, save_every=2))
+    monkeypatch.undo()
+    assert state.steps(tmp_path) == ([2, 3] if update == 4 else [])
+    assert_same(train(tmp_path), straight)
+
+
 def test_running_out_of_memory_before_the_first_step_says_what_to_turn_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

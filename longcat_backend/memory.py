@@ -16,12 +16,25 @@ from .precision import Preset
 GIB = 2**30
 MIB = 2**20
 _STREAMING = ("cuda", "xpu")
+# In the text of a RuntimeError: of MPS and CUDA, of cuBLAS, and of the CPU.
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 HOST_RESERVE = 4 * GIB  # for the host program and everything else that runs beside it
 
 
 def size(count: int) -> str:
     """Bytes in words: GiB, or MiB below one of them."""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host beside it, had no memory left.
+
+    CUDA and XPU have an exception for that; MPS, a CUDA driver without memory, cuBLAS and the CPU raise a plain
+    RuntimeError, or PyTorch's AcceleratorError, which is one.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)

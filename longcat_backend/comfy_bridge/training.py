@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from .. import labelled_grid, lora_files, loss_chart
 from ..checkpoints import Checkpoint
 from ..sampler import Prompt
-from ..training import base, encoded, estimate, loop, selfcheck, state
+from ..training import base, encoded, estimate, loop, out_of_memory, selfcheck, state
 from ..training.dataset import Dataset, Item
 from ..training.encoded import EncodedDataset
 from ..training.settings import TrainSettings
@@ -138,18 +138,24 @@ class _Run:
             self._foresee(device)
             with torch.inference_mode(False), torch.enable_grad():
                 host.show_text("loading the base model 正在加载基础模型")
-                model = base.load_base(self.checkpoint, self.settings.base_precision, device, host.progress())
+                model = self._base(device)
                 scheduler = self.checkpoint.configs["scheduler"]
                 place = (self.folder, monitor.events(), device, scheduler)
                 result = loop.train(model, self.examples, self.settings, *place)
                 trigger = self.dataset.settings.trigger_word
                 flavour = self.checkpoint.flavour.key
                 result.write(self.file, self.settings, flavour, self.examples.identity, trigger)
-                selfcheck.check_file(model, self.file, result.adapters, device)
+                with out_of_memory.told(*out_of_memory.CHECKING, self.settings, device):
+                    selfcheck.check_file(model, self.file, result.adapters, device)
             return result
         finally:
             model = None
             _free()
+
+    def _base(self, device: torch.device) -> VelocityModel:
+        precision = self.settings.base_precision
+        with out_of_memory.told(*out_of_memory.LOADING, self.settings, device):
+            return base.load_base(self.checkpoint, precision, device, host.progress())
 
     def report(self, result: loop.Result) -> list[str]:
         """What was done and where it is, in both languages."""

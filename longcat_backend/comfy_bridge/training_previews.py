@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from .. import labelled_grid, loss_chart
+from ..memory import is_out_of_memory
 from ..sampler import Prompt, sample
 from ..training import adapters, state
 from ..training.loop import Events, Progress
@@ -124,7 +125,9 @@ class Monitor:
             drawn = list(self._drawn(model, f"{step}/{self.steps} · with LoRA 使用 LoRA"))
         except Stopped:
             return
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning(
                 "The validation pictures of step %d are left out: the device ran out of memory (%s). Training goes on. "
                 "显存不足，跳过本次验证图，训练继续。",

@@ -13,7 +13,7 @@ from ..checkpoints import Checkpoint
 from ..errors import LongCatError
 from ..sampler import Prompt, sample
 from ..transformer import VelocityModel, audited_shapes
-from . import adapters, base, dataset, encoded, estimate, loop, selfcheck
+from . import adapters, base, dataset, encoded, estimate, loop, out_of_memory, selfcheck
 from .config import Config
 from .dataset import Dataset
 from .encoders import CheckpointEncoders
@@ -51,7 +51,7 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     encoders.to(torch.device("cpu"))
     gc.collect()
     _tell_estimate(config, checkpoint, found, device)
-    model = base.load_base(checkpoint, config.settings.base_precision, device, _told("quantising"))
+    model = _base(config, checkpoint, device)
 
     def on_validation(step: int, trained: torch.nn.Module) -> None:
         _draw_both(config, checkpoint, model, encoders, drawn, device, f"step-{step:08d}")
@@ -67,7 +67,8 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     scheduler = checkpoint.configs["scheduler"]
     result = loop.train(model, examples, config.settings, config.run_folder, events, device, scheduler)
     result.write(config.file, config.settings, checkpoint.flavour.key, examples.identity, found.settings.trigger_word)
-    selfcheck.check_file(model, config.file, result.adapters, device)
+    with out_of_memory.told(*out_of_memory.CHECKING, config.settings, device):
+        selfcheck.check_file(model, config.file, result.adapters, device)
     chart = loss_chart.draw(result.losses, result.held_out, config.settings.steps)
     chart.save(config.run_folder / "loss.png")
     log.info("%s: %d of %d steps", config.file, result.step, config.settings.steps)
@@ -89,7 +90,7 @@ def validate(config: Config, device: torch.device) -> Path:
     encoders = _encoders(checkpoint, device)
     drawn = _validation(config, _dataset(config, checkpoint), encoders)
     encoders.to(torch.device("cpu"))
-    model = base.load_base(checkpoint, config.settings.base_precision, device, _told("quantising"))
+    model = _base(config, checkpoint, device)
     settings = config.settings
     adapters.inject(model.transformer, settings.targets, settings.rank, settings.effective_alpha, settings.seed, device)
     model.transformer.to(device)
@@ -109,6 +110,11 @@ def _dataset(config: Config, checkpoint: Checkpoint) -> Dataset:
             "请选择其他检查点，或设置或去掉 reference_folder。",
         )
     return found
+
+
+def _base(config: Config, checkpoint: Checkpoint, device: torch.device) -> VelocityModel:
+    with out_of_memory.told(*out_of_memory.LOADING, config.settings, device):
+        return base.load_base(checkpoint, config.settings.base_precision, device, _told("quantising"))
 
 
 def _encoders(checkpoint: Checkpoint, device: torch.device) -> CheckpointEncoders:

@@ -14,8 +14,9 @@ from .. import flow, lora_files
 from ..errors import LongCatError
 from ..identity import of_weights
 from ..lora import Adapter
+from ..memory import is_out_of_memory
 from ..transformer import VelocityModel
-from . import adapters, engine, preservation, selfcheck, state, tabulated, validation
+from . import adapters, engine, out_of_memory, preservation, selfcheck, state, tabulated, validation
 from .objective import Shift, mean_tokens
 from .run import Data, Run
 from .settings import TrainSettings, differences
@@ -116,12 +117,11 @@ def train(
         found = state.latest(run_folder)
         if found is not None:
             _refuse_other_run(found.values, identity, run_folder)
-        try:
+        with out_of_memory.told("before the first step", "第一步之前", settings, device):
             run = _begin(model, data, settings, run_folder, device, scheduler, weights, events)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory("before the first step", "第一步之前", settings, error) from error
+            if found is not None:
+                run.restore(found)
         if found is not None:
-            run.restore(found)
             log.info("The run in '%s' goes on after step %d of %d.", run_folder, run.step, settings.steps)
         return _Sitting(run, identity, run_folder, events).last()
 
@@ -173,7 +173,9 @@ class _Sitting:
             try:
                 self._step()
                 best = self._validate() if _due(settings.validate_every, run.step) else False
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise self._out_of_memory(error) from error
             stopped = self.events.should_stop()
             if best or stopped or run.step == settings.steps or _due(settings.save_every, run.step):
@@ -211,7 +213,9 @@ class _Sitting:
         """Validation pictures are worth less than the run: without memory for them it goes on, and says so."""
         try:
             self.events.on_validation(self.run.step, self.run.model)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             engine.free(self.run.device)
             log.warning(
                 "There was no memory for the validation pictures of step %d (%s); the training goes on. Lower their "
@@ -240,21 +244,7 @@ class _Sitting:
         kept, kept_zh = f"the state of step {self.saved} is saved", f"第 {self.saved} 步的状态已保存"
         if not self.saved:
             kept, kept_zh = "no state was saved before it", "此前没有保存过状态"
-        return _out_of_memory(f"{where} ({kept})", f"{where_zh}；{kept_zh}", self.run.settings, error)
-
-
-def _out_of_memory(when: str, when_zh: str, settings: TrainSettings, error: Exception) -> LongCatError:
-    return LongCatError(
-        f"The device ran out of memory {when}: {error}. Turn down, in this order: checkpointing (is "
-        f"'{settings.checkpointing}', 'block' needs least), modulation_table (is {settings.modulation_table}, on needs "
-        f"3 GiB less beside a base that is not fp32), the base precision (is '{settings.base_precision}', "
-        f"'int8-quanto' and 'int4-quanto' need less), the resolution of the dataset, batch (is {settings.batch}), or "
-        "set offload to 'block'.",
-        f"设备显存不足（{when_zh}）：{error}。请依次调低：梯度检查点（当前“{settings.checkpointing}”，“block”占用最少）、"
-        f"modulation_table（当前 {settings.modulation_table}；基础精度不是 fp32 时，开启少用 3 GiB）、"
-        f"基础精度（当前“{settings.base_precision}”，“int8-quanto”和“int4-quanto”占用更少）、数据集分辨率、"
-        f"batch（当前 {settings.batch}），或把 offload 设为“block”。",
-    )
+        return out_of_memory.advice(f"{where} ({kept})", f"{where_zh}；{kept_zh}", self.run.settings, error)
 
 
 def _due(every: int, step: int) -> bool:

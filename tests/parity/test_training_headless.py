@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,28 @@ def test_validation_draws_each_prompt_without_and_with_the_lora(straight: Path, 
 def test_validation_needs_a_lora(pack_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(LongCatError, match="Train it first"):
         headless.validate(read(pack_dir, tmp_path), CPU)
+
+
+def test_a_base_that_does_not_fit_says_what_to_turn_down(
+    pack_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headless.base, "load_base", no_memory)
+    with pytest.raises(LongCatError, match="while the base model was loaded: MPS .*base precision"):
+        headless.train(read(pack_dir, tmp_path), CPU, lambda: False)
+
+
+def test_a_check_without_memory_says_that_the_lora_is_whole(
+    straight: Path, pack_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = read(pack_dir, tmp_path)
+    monkeypatch.setattr(headless.selfcheck, "check_file", no_memory)
+    with pytest.raises(LongCatError, match=r"while the written LoRA was checked \(the LoRA and the states are whole\)"):
+        headless.train(given, CPU, lambda: False)
+    assert given.file.read_bytes() == straight.read_bytes()
+
+
+def no_memory(*args: Any) -> None:
+    raise RuntimeError("MPS backend out of memory")
 
 
 def test_a_mistake_ends_the_program_with_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -66,3 +66,20 @@ def test_a_stream_takes_one_block_at_a_time() -> None:
 def test_group_offload_needs_a_device_to_offload_from(stream: bool, tmp_path: Path) -> None:
     with pytest.raises(LongCatError, match="does not work on this device"):
         GroupOffload("leaf", stream=stream).apply(nn.Linear(2, 2), torch.device("cpu"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, max allowed: 18.1 GB)"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("expected scalar type Float but found Half"), False),
+        (OSError("out of memory"), False),
+    ],
+)
+def test_every_device_is_understood_when_it_has_no_memory(error: Exception, expected: bool) -> None:
+    assert memory.is_out_of_memory(error) is expected

@@ -25,6 +25,7 @@ SETTINGS = TrainSettings(
     steps=8, batch=2, accumulation=2, rank=2, targets="attention", learning_rate=1e-2, schedule="cosine", warmup=2,
     ema=0.9, seed=5, base_precision="fp32", checkpointing="none", save_every=0, keep=2, validate_every=3,
 )  # fmt: skip
+NO_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory")]
 DATA = tiny.pictures(held_out=(4,), dropout=0.3)
 
 
@@ -169,8 +170,9 @@ def test_a_full_disk_is_told_and_leaves_the_states_whole(
     assert_same(train(tmp_path), straight)
 
 
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 def test_running_out_of_memory_says_what_to_turn_down_and_saves(
-    tmp_path: Path, straight: Result, monkeypatch: pytest.MonkeyPatch
+    error: Exception, tmp_path: Path, straight: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = run.objective.losses
     calls = [0]
@@ -178,7 +180,7 @@ def test_running_out_of_memory_says_what_to_turn_down_and_saves(
     def hungry(*args: Any) -> torch.Tensor:
         calls[0] += 1
         if calls[0] == 6:  # in the middle of step 3
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return losses(*args)
 
     monkeypatch.setattr(run.objective, "losses", hungry)
@@ -220,16 +222,19 @@ def test_running_out_of_memory_before_the_first_step_says_what_to_turn_down(
     def hungry(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop.engine, "place", hungry)
-    with pytest.raises(LongCatError, match="before the first step: CUDA out of memory.*checkpointing"):
-        train(tmp_path)
+    for place, name in ((loop.engine, "place"), (run.optimisers, "restore")):
+        with monkeypatch.context() as patch, pytest.raises(LongCatError, match="before the first step: CUDA.*checkpoi"):
+            patch.setattr(place, name, hungry)
+            train(tmp_path)
+        train(tmp_path, **stop_at(1))
 
 
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 def test_pictures_without_memory_for_them_do_not_end_the_run(
-    tmp_path: Path, straight: Result, caplog: pytest.LogCaptureFixture
+    error: Exception, tmp_path: Path, straight: Result, caplog: pytest.LogCaptureFixture
 ) -> None:
     def hungry(step: int, model: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     with caplog.at_level("WARNING"):
         assert_same(train(tmp_path, on_validation=hungry), straight)

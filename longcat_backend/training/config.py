@@ -41,7 +41,7 @@ class Config:
         checkpoint: an official folder.
         roots: folders below which the dataset may lie.
         output: the LoRA is written here; states and caches below it.
-        notes: what was recognised in the file and means nothing here, for the log.
+        notes: what was recognised in the file and is ignored or done in another way, for the log.
     """
 
     name: str

@@ -4,17 +4,15 @@ Source: SimpleTuner's LongCat-Image quickstart and OPTIONS.md (4.10). Keys may c
 command line. A key that nobody knows is an error; one that is known and means nothing here is told.
 """
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from .. import flavours
-from ..errors import LongCatError
+from . import simpletuner_data
 from .settings import unknown_keys
+from .simpletuner_data import ReadBackends
 from .simpletuner_values import choice, flag, integer, number, require, unsupported, wrong
-
-ReadBackends = Callable[[str], list[Any]]
 
 _PRECISIONS = {
     "no_change": "bf16",
@@ -60,42 +58,36 @@ _HANDLED = {
     "pretrained_transformer_model_name_or_path", "optimizer", "lr_scheduler", "gradient_checkpointing",
     "gradient_checkpointing_interval", "use_ema", "ema_decay", "flow_schedule_shift", "flow_schedule_auto_shift",
     "enable_group_offload", "group_offload_type", "group_offload_blocks_per_group", "group_offload_use_stream",
-    "group_offload_to_disk_path", "dynamo_backend", "validation_torch_compile", "output_dir", "data_backend_config",
+    "group_offload_to_disk_path", "dynamo_backend", "output_dir", "data_backend_config",
     "resolution", "resolution_type", "aspect_bucket_alignment", "caption_dropout_probability", "instance_data_dir",
     "validation_prompt", "validation_resolution", "validation_negative_prompt", "trigger_word", "lora_type",
-    "hub_model_id", "num_train_epochs",
+    "hub_model_id", "num_train_epochs", "minimum_image_size",
+}  # fmt: skip
+# Known to SimpleTuner, with a meaning that this trainer does not have.
+_UNSUPPORTED = {
+    "lora_dropout", "lora_init_type", "flow_sigmoid_scale", "user_prompt_library", "validation_prompt_library",
+    "validation_guidance_rescale", "evaluation_type", "eval_steps_interval", "num_eval_images", "ema_update_interval",
+    "ema_validation", "grad_clip_method", "lr_end", "lr_num_cycles", "lr_power", "lr_scale", "is_regularisation_data",
+    "num_processes", "num_machines", "training_num_processes", "revision", "variant", "text_encoder_1_precision",
+    "validation_preview", "validation_preview_steps", "tokenizer_max_length", "validation_torch_compile",
+    "delete_problematic_images", "delete_unwanted_images", "validation_disable_unconditional",
 }  # fmt: skip
 # Known to SimpleTuner and without a meaning here: logging, publishing, caches, and what this trainer always does.
 _MEANINGLESS = {
     "report_to", "tracker_project_name", "tracker_run_name", "push_to_hub", "push_checkpoints_to_hub",
-    "resume_from_checkpoint", "mixed_precision", "allow_tf32", "disable_tf32", "cache_dir", "cache_dir_text",
-    "cache_dir_vae", "vae_batch_size", "write_batch_size", "read_batch_size", "image_processing_batch_size",
-    "max_workers", "dataloader_prefetch", "dataloader_prefetch_qlen", "webhook_config", "user_prompt_library",
-    "validation_prompt_library", "minimum_image_size", "disable_bucket_pruning", "quantize_via", "vae_dtype",
-    "vae_enable_tiling", "vae_enable_slicing", "text_encoder_1_precision", "base_model_default_dtype",
-    "tokenizer_max_length", "attention_mechanism", "preserve_data_backend_cache", "skip_file_discovery",
-    "compress_disk_cache", "delete_problematic_images", "delete_unwanted_images", "validation_guidance_rescale",
-    "validation_disable_unconditional", "evaluation_type", "eval_steps_interval", "num_eval_images",
-    "i_know_what_i_am_doing",
-    "ema_validation", "ema_device", "ema_update_interval", "keep_vae_loaded", "offload_during_startup",
-    "model_card_private", "model_card_safe_for_work", "model_card_note", "print_filenames", "print_sampler_statistics",
-    "debug_aspect_buckets", "metadata_update_interval", "lora_init_type", "lora_dropout", "flow_sigmoid_scale",
-    "validation_preview", "validation_preview_steps", "disable_benchmark", "is_regularisation_data",
-    "grad_clip_method", "dataset_type", "lr_end", "lr_num_cycles", "lr_power", "lr_scale", "revision", "variant",
-    "local_rank", "num_processes", "num_machines", "accelerate_extra_args", "training_num_processes",
-}  # fmt: skip
-_BACKEND = {
-    "id", "type", "dataset_type", "instance_data_dir", "caption_strategy", "instance_prompt", "repeats", "resolution",
-    "resolution_type", "disabled", "conditioning_data", "metadata_backend", "crop", "crop_aspect", "crop_style",
-    "crop_aspect_buckets", "cache_dir", "cache_dir_vae", "cache_dir_conditioning", "minimum_image_size",
-    "maximum_image_size", "target_downsample_size", "default", "write_batch_size", "text_embeds", "hash_filenames",
-    "only_instance_prompt", "prepend_instance_prompt", "parquet", "probability", "preserve_data_backend_cache",
-    "skip_file_discovery", "vae_cache_clear_each_epoch", "resolution_frames", "disable_validation", "conditioning_type",
+    "resume_from_checkpoint", "allow_tf32", "disable_tf32", "cache_dir", "cache_dir_text", "cache_dir_vae",
+    "vae_batch_size", "write_batch_size", "read_batch_size", "image_processing_batch_size", "max_workers",
+    "dataloader_prefetch", "dataloader_prefetch_qlen", "webhook_config", "disable_bucket_pruning", "quantize_via",
+    "vae_dtype", "vae_enable_tiling", "vae_enable_slicing", "base_model_default_dtype",
+    "attention_mechanism", "preserve_data_backend_cache", "skip_file_discovery", "compress_disk_cache",
+    "mixed_precision", "i_know_what_i_am_doing", "ema_device", "keep_vae_loaded", "offload_during_startup",
+    "model_card_private",
+    "model_card_safe_for_work", "model_card_note", "print_filenames", "print_sampler_statistics",
+    "debug_aspect_buckets", "metadata_update_interval", "disable_benchmark", "dataset_type", "local_rank",
+    "accelerate_extra_args",
 }  # fmt: skip
 DEFAULT_STEPS = 10_000
-LEAST_PIXELS = 64  # below it, a resolution of the type "area" is in megapixels
 _SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
-_NUMBER = re.compile(r"\d*\.?\d+")
 
 
 def recognise(values: Mapping[str, Any]) -> bool:
@@ -105,7 +97,7 @@ def recognise(values: Mapping[str, Any]) -> bool:
 
 
 def convert(values: Mapping[str, Any], read_backends: ReadBackends) -> tuple[dict[str, Any], list[str]]:
-    """The sections of :mod:`config`, and notes on keys that mean nothing here.
+    """The sections of :mod:`config`, and notes on what is ignored or done in another way.
 
     Args:
         read_backends: the list in the file that ``data_backend_config`` names.
@@ -114,7 +106,8 @@ def convert(values: Mapping[str, Any], read_backends: ReadBackends) -> tuple[dic
         LongCatError: a key is unknown, or a value asks for what this trainer does not do.
     """
     given = {key.lstrip("-").replace("-", "_"): value for key, value in values.items()}
-    known = {*_INTEGERS, *_NUMBERS, *_VALIDATION_INTEGERS, *_VALIDATION_NUMBERS, *_HANDLED, *_MEANINGLESS}
+    read = {*_INTEGERS, *_NUMBERS, *_VALIDATION_INTEGERS, *_VALIDATION_NUMBERS, *_HANDLED}
+    known = read | _UNSUPPORTED | _MEANINGLESS
     unknown = sorted(set(given) - known)
     if unknown:
         raise unknown_keys(unknown, sorted(known))
@@ -123,10 +116,11 @@ def convert(values: Mapping[str, Any], read_backends: ReadBackends) -> tuple[dic
     require(given, "model_family", ("longcat_image",))
     require(given, "lora_type", ("standard",))
     notes = [f"'{key}' means nothing here" for key in sorted(set(given) & _MEANINGLESS)]
+    notes += [f"'{key}' is not supported, ignored" for key in sorted(set(given) & _UNSUPPORTED)]
     converted = {
         "name": str(given.get("hub_model_id") or "simpletuner-lora").rpartition("/")[2],
         "checkpoint": _checkpoint(given),
-        "dataset": _dataset(given, read_backends, notes),
+        "dataset": simpletuner_data.dataset(given, read_backends, notes),
         "settings": _settings(given),
         "validation": _validation(given, notes),
         "output": str(given.get("output_dir") or "output"),
@@ -198,7 +192,11 @@ def _validation(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if given.get("validation_prompt"):
         validation["prompts"] = [str(given["validation_prompt"])]
     if given.get("validation_resolution"):
-        validation["size"] = _sizes(given, "validation_resolution")[0]
+        sizes = _sizes(given, "validation_resolution")
+        validation["size"] = sizes[0]
+        if len(sizes) > 1:
+            width, height = sizes[0]
+            notes.append(f"'validation_resolution' has {len(sizes)} sizes, only the first is drawn: {width}x{height}")
     if given.get("validation_negative_prompt"):
         notes.append("'validation_negative_prompt' is left empty, as the model's recipe has it")
     return validation
@@ -211,72 +209,3 @@ def _sizes(given: Mapping[str, Any], key: str) -> list[list[int]]:
         wanted = "pixels such as 1024, 1024x1024 or 1024x1024,1344x768"
         raise wrong(key, given[key], wanted, "像素尺寸，如 1024、1024x1024 或 1024x1024,1344x768")
     return [[int(match[1]), int(match[2] or match[1])] for match in found if match]
-
-
-def _dataset(given: Mapping[str, Any], read_backends: ReadBackends, notes: list[str]) -> dict[str, Any]:
-    if given.get("data_backend_config"):
-        backends = read_backends(str(given["data_backend_config"]))
-    else:
-        backends = [{"instance_data_dir": given.get("instance_data_dir", "")}]
-    images, references = _local(backends)
-    first = images[0]
-    folders = {str(each.get("instance_data_dir", "")) for each in images}
-    if len(folders) > 1:
-        raise LongCatError(
-            f"The data backends have {len(folders)} folders of pictures ({', '.join(sorted(folders))}), and a run here "
-            "has one. Put them into subfolders of one folder.",
-            f"数据后端包含 {len(folders)} 个图像文件夹（{'、'.join(sorted(folders))}），而此处一次训练只用一个。"
-            "请将其放入同一文件夹的子文件夹中。",
-        )
-    dataset: dict[str, Any] = {
-        "folder": folders.pop(),
-        "resolutions": ",".join(dict.fromkeys(_resolution({**given, **each}) for each in images)),
-        "grid": integer(given, "aspect_bucket_alignment", 64),
-        "repeats": integer(first, "repeats") + 1,
-        "caption_dropout": number(given, "caption_dropout_probability", 0.1),
-    }
-    if references:
-        dataset["reference_folder"] = str(references[0].get("instance_data_dir", ""))
-    trigger = given.get("trigger_word") or (
-        first.get("instance_prompt") if first.get("caption_strategy") == "instanceprompt" else ""
-    )
-    if trigger:
-        dataset["trigger_word"] = str(trigger)
-    if len({integer(each, "repeats") for each in images}) > 1:
-        notes.append(f"'repeats' differs between the data backends; all get the first one's, {dataset['repeats'] - 1}")
-    for each in images:
-        if each.get("crop_style", "center") not in ("center", "centre"):
-            notes.append(f"'crop_style' {each['crop_style']}: pictures are cropped at their centre")
-    return dataset
-
-
-def _local(backends: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Backends of pictures and of those before the edit; text caches are left out."""
-    images: list[dict[str, Any]] = []
-    references: list[dict[str, Any]] = []
-    for backend in backends:
-        if not isinstance(backend, dict):
-            raise unsupported("data_backend_config", backend, ["objects"])
-        unknown = sorted(set(backend) - _BACKEND)
-        if unknown:
-            raise unknown_keys(unknown, sorted(_BACKEND))
-        kind = backend.get("dataset_type", "image")
-        if flag(backend, "disabled") or kind in ("text_embeds", "image_embeds"):
-            continue
-        require(backend, "type", ("local",))
-        if kind not in ("image", "conditioning"):
-            raise unsupported("dataset_type", kind, ["image", "conditioning", "text_embeds"])
-        (images if kind == "image" else references).append(backend)
-    if not images:
-        raise unsupported("data_backend_config", "without a local image dataset", ["local image datasets"])
-    return images, references
-
-
-def _resolution(given: Mapping[str, Any]) -> str:
-    """Ours for a resolution in pixels or, for the type "area", in megapixels."""
-    value = given.get("resolution", 1024)
-    if isinstance(value, str) and not _NUMBER.fullmatch(value):
-        return value
-    if given.get("resolution_type") == "area" and 0 < number(given, "resolution", 1024) < LEAST_PIXELS:
-        return str(round(math.sqrt(number(given, "resolution", 1024)) * 1024 / 64) * 64)
-    return str(integer(given, "resolution", 1024))

@@ -14,6 +14,12 @@ from .dataset import DatasetSettings
 from .settings import TrainSettings, unknown_keys
 
 _TEXT_OR_COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
+# Kinds, smallest and largest value; the largest is there to catch a slip.
+_RANGES: dict[str, tuple[tuple[type, ...], int, int]] = {
+    "steps": ((int,), 1, 10_000),
+    "guidance": ((int, float), 0, 100),
+    "seed": ((int,), 0, 2**64 - 1),
+}
 SECTIONS = ("name", "checkpoint", "dataset", "settings", "validation", "output")
 
 
@@ -92,14 +98,14 @@ def read(path: Path, models: Sequence[Path] = (), data: Sequence[Path] = ()) -> 
     folder = _found(dataset.folder, [*places, *data], "dataset").absolute()
     references = dataset.reference_folder and _found(dataset.reference_folder, [*places, *data], "dataset").absolute()
     return Config(
-        name=saving.check_name(str(values.get("name") or path.stem).removesuffix(lora_files.SUFFIX)).as_posix(),
-        checkpoint=_found(str(values.get("checkpoint") or ""), [*places, *models], "checkpoint"),
+        name=saving.check_name(_text(values, "name", path.stem).removesuffix(lora_files.SUFFIX)).as_posix(),
+        checkpoint=_found(_text(values, "checkpoint", ""), [*places, *models], "checkpoint"),
         dataset=DatasetSettings.from_json(
             {**dataset.to_json(), "folder": str(folder), "reference_folder": str(references)}
         ),
         roots=tuple(root for root in (folder, references) if isinstance(root, Path)),
         settings=TrainSettings.from_json(_section(values, "settings")),
-        output=path.parent / str(values.get("output") or "output"),
+        output=path.parent / _text(values, "output", "output"),
         validation=_validation(_section(values, "validation")),
         notes=tuple(notes),
     )
@@ -146,12 +152,19 @@ def _no_config(path: Path, why: str) -> LongCatError:
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = values.get(name) or {}
+    section = values.get(name)
+    if section is None:
+        return {}
     if not isinstance(section, dict):
-        raise LongCatError(
-            f"'{name}' of the config is {section!r}; expected an object.", f"配置的“{name}”为 {section!r}，应为对象。"
-        )
+        raise _wrong(name, section, "an object", "对象")
     return section
+
+
+def _text(values: Mapping[str, Any], name: str, default: str) -> str:
+    text = values.get(name)
+    if not isinstance(text, (str, type(None))):
+        raise _wrong(name, text, "text", "文本")
+    return text or default
 
 
 def _validation(values: Mapping[str, Any]) -> ValidationSettings:
@@ -159,18 +172,39 @@ def _validation(values: Mapping[str, Any]) -> ValidationSettings:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise unknown_keys(unknown, known)
-    given = dict(values)
-    try:
-        given["prompts"] = tuple(str(prompt) for prompt in given.get("prompts") or ())
-        given["size"] = tuple(int(side) for side in given["size"]) if given.get("size") else None
-        settings = ValidationSettings(**given)
-        if settings.size is not None:
-            latents.check_size(*settings.size)
-        if settings.steps < 1:
-            raise ValueError(f"steps is {settings.steps}")
-    except (TypeError, ValueError) as error:
-        raise LongCatError(f"The validation settings are wrong: {error}.", f"验证设置有误：{error}。") from error
-    return settings
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in sorted(set(_RANGES) & set(given)):
+        _check_number(name, given[name])
+    prompts = given.get("prompts", [])
+    if not isinstance(prompts, list) or not all(isinstance(each, str) and each.strip() for each in prompts):
+        raise _wrong("validation.prompts", prompts, "a list of texts, none of them empty", "非空文本的列表")
+    given["prompts"] = tuple(prompts)
+    if "size" in given:
+        given["size"] = _size(given["size"])
+    return ValidationSettings(**given)
+
+
+def _check_number(name: str, value: Any) -> None:
+    kinds, least, most = _RANGES[name]
+    fits = isinstance(value, kinds) and not isinstance(value, bool)
+    if not fits or not least <= value <= most:
+        whole, whole_zh = ("number", "数字") if float in kinds else ("whole number", "整数")
+        en, zh = f"a {whole} between {least} and {most}", f"{least} 到 {most} 之间的{whole_zh}"
+        raise _wrong(f"validation.{name}", value, en, zh)
+
+
+def _size(value: Any) -> tuple[int, int]:
+    whole = isinstance(value, list) and all(isinstance(side, int) and not isinstance(side, bool) for side in value)
+    if not whole or len(value) != 2:
+        raise _wrong("validation.size", value, "[width, height] in pixels", "[宽, 高]（像素）")
+    latents.check_size(*value)
+    return value[0], value[1]
+
+
+def _wrong(name: str, value: Any, en: str, zh: str) -> LongCatError:
+    return LongCatError(
+        f"'{name}' of the config is {value!r}; expected {en}.", f"配置的“{name}”为 {value!r}，应为{zh}。"
+    )
 
 
 def _found(name: str, places: Sequence[Path], kind: str) -> Path:

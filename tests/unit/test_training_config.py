@@ -40,6 +40,15 @@ def test_our_config_is_read_back(write: Any, tmp_path: Path) -> None:
     assert found.file == tmp_path / "output" / "styles" / "zorb.safetensors"
 
 
+def test_null_is_the_default(write: Any) -> None:
+    nothing = dict.fromkeys(("prompts", "steps", "guidance", "seed", "size"))
+    values = {"name": None, "checkpoint": "LongCat-Image", "dataset": {"folder": "pictures"}, "output": None}
+    for validation in (nothing, None):
+        found = config.read(write({**values, "settings": None, "validation": validation}))
+        assert found.validation == config.ValidationSettings() and found.settings == TrainSettings()
+        assert found.name == "run" and found.output.name == "output"
+
+
 def test_comments_are_left_out_and_texts_are_not(write: Any) -> None:
     name = 'a//b " /* c */'
     path = write({"checkpoint": "LongCat-Image", "dataset": {"folder": "pictures"}, "name": name})
@@ -69,7 +78,23 @@ def test_names_are_looked_up_in_the_folders_that_were_given(tmp_path: Path) -> N
         ({"dataset": {"folder": "nowhere"}}, "no dataset 'nowhere'"),
         ({"validation": {"step": 3}}, "'step'"),
         ({"validation": {"size": [100, 100]}}, "not a multiple of 16"),
-        ({"validation": {"steps": 0}}, "validation settings are wrong"),
+        ({"settings": []}, r"'settings' of the config is \[\]; expected an object"),
+        ({"validation": {"steps": 0}}, "'validation.steps' .* is 0; expected a whole number between 1 and 10000"),
+        ({"validation": {"steps": 8.5}}, "'validation.steps' .* is 8.5"),
+        ({"validation": {"steps": True}}, "'validation.steps' .* is True"),
+        ({"validation": {"guidance": "high"}}, "'validation.guidance' .* is 'high'; expected a number between 0 and"),
+        ({"validation": {"guidance": -3}}, "'validation.guidance' .* is -3"),
+        ({"validation": {"guidance": float("nan")}}, "'validation.guidance' .* is nan"),
+        ({"validation": {"seed": -1}}, "'validation.seed' .* is -1; expected a whole number"),
+        ({"validation": {"prompts": "a zorb"}}, "'validation.prompts' .* is 'a zorb'; expected a list of texts"),
+        ({"validation": {"prompts": ["a zorb", 7]}}, "'validation.prompts'"),
+        ({"validation": {"prompts": [" "]}}, "'validation.prompts'"),
+        ({"validation": {"size": "512x768"}}, r"'validation.size' .* is '512x768'; expected \[width, height\]"),
+        ({"validation": {"size": [512]}}, "'validation.size'"),
+        ({"validation": {"size": [512.0, 512]}}, "'validation.size'"),
+        ({"checkpoint": ["LongCat-Image"]}, "'checkpoint' .* expected text"),
+        ({"name": 7}, "'name' .* is 7; expected text"),
+        ({"output": False}, "'output' .* is False"),
         ({"checkpoint": "nothing"}, "no checkpoint 'nothing'"),
         ({"name": "../up"}, "'../up' cannot be used"),
         ({"name": "zorb?"}, "'zorb\\?' cannot be used"),  # before the training, not when its LoRA is written

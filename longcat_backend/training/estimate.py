@@ -90,9 +90,11 @@ def fitting(
     needed = estimate(config, shapes, settings, size, device).total
     if needed <= free:
         return ""
-    for words, words_zh, changed, smaller in _turned_down(settings, size, device):
+    for changed, smaller in _turned_down(settings, size, device):
         total = estimate(config, shapes, changed, smaller, device).total
         if total <= free:
+            told = list(_changes(settings, changed, size, smaller))
+            words, words_zh = ", ".join(word for word, _ in told), "、".join(word for _, word in told)
             return (
                 f"It needs about {memory.size(needed)}, and {memory.size(free)} are free. With {words} it needs about "
                 f"{memory.size(total)}. 约需 {memory.size(needed)}，可用 {memory.size(free)}；改为{words_zh}后约需 "
@@ -106,38 +108,55 @@ def fitting(
 
 def _turned_down(
     settings: TrainSettings, size: tuple[int, int], device: torch.device
-) -> Iterator[tuple[str, str, TrainSettings, tuple[int, int]]]:
-    """Settings that need less and less, each with the ones before it, in words; what costs least comes first."""
-    words: list[str] = []
-    words_zh: list[str] = []
-
-    def told(word: str, word_zh: str) -> tuple[str, str]:
-        words.append(word)
-        words_zh.append(word_zh)
-        return ", ".join(words), "、".join(words_zh)
-
+) -> Iterator[tuple[TrainSettings, tuple[int, int]]]:
+    """Settings and sizes that need less and less, each with the changes before it; what costs least comes first."""
     tabulating = replace(settings, modulation_table=True)
     dtype = base.compute_dtype(precision.PRESETS[settings.base_precision], device)
     if not settings.modulation_table and tabulated.wanted(tabulating, dtype):
         settings = tabulating
-        yield *told("modulation_table on", "modulation_table 开启"), settings, size
+        yield settings, size
     if settings.checkpointing != "block":
         settings = replace(settings, checkpointing="block")
-        yield *told("checkpointing 'block'", "梯度检查点“block”"), settings, size
+        yield settings, size
     if settings.batch > 1:
         settings = replace(settings, accumulation=settings.batch * settings.accumulation, batch=1)
-        text = f"batch 1, accumulation {settings.accumulation}"
-        yield *told(text, text), settings, size
-    for name in ("int8-quanto", "int4-quanto"):
-        if (
-            settings.offload == "none"
-            and precision.PRESETS[settings.base_precision].bits > precision.PRESETS[name].bits
-        ):
-            settings = replace(settings, base_precision=name)
-            yield *told(f"base precision '{name}'", f"基础精度“{name}”"), settings, size
+        yield settings, size
+    if settings.offload == "none":
+        for name in ("int8-quanto", "int4-quanto"):
+            if precision.PRESETS[settings.base_precision].bits > precision.PRESETS[name].bits:
+                settings = replace(settings, base_precision=name)
+                yield settings, size
+        # Exact but slower than either (benchmarks/results/training.json), and it moves no weights of quanto's.
+        stream = device.type != "mps"  # which has none
+        settings = replace(
+            settings, base_precision="bf16", compile=False, offload="block", offload_blocks=1, offload_stream=stream
+        )
+        yield settings, size
     while min(size) > 512:
         size = (size[0] * 3 // 4, size[1] * 3 // 4)
-        yield *told(f"resolution {size[0]}x{size[1]}", f"分辨率 {size[0]}x{size[1]}"), settings, size
+        yield settings, size
+
+
+def _changes(
+    before: TrainSettings, after: TrainSettings, size: tuple[int, int], smaller: tuple[int, int]
+) -> Iterator[tuple[str, str]]:
+    """What was turned down, each in both languages."""
+    if after.modulation_table != before.modulation_table:
+        yield "modulation_table on", "modulation_table 开启"
+    if after.checkpointing != before.checkpointing:
+        yield "checkpointing 'block'", "梯度检查点“block”"
+    if after.batch != before.batch:
+        text = f"batch 1, accumulation {after.accumulation}"
+        yield text, text
+    if after.base_precision != before.base_precision:
+        yield f"base precision '{after.base_precision}'", f"基础精度“{after.base_precision}”"
+    if after.compile != before.compile:
+        yield "compile off", "compile 关闭"
+    if after.offload != before.offload:
+        no_stream = ("", "") if after.offload_stream else (" without stream", "、关闭流")
+        yield f"group offload by block{no_stream[0]}", f"分组卸载（按块{no_stream[1]}）"
+    if smaller != size:
+        yield (f"resolution {smaller[0]}x{smaller[1]}", f"分辨率 {smaller[0]}x{smaller[1]}")
 
 
 def _weights(

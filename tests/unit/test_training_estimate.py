@@ -62,18 +62,43 @@ def test_a_run_that_fits_needs_no_advice(shapes: dict[str, Any]) -> None:
     assert estimate.fitting(CONFIG, shapes, SETTINGS, SIZE, CUDA, 16 * GIB) == ""
 
 
+CHEAP = "modulation_table on, checkpointing 'block'"
+LESS = f"{CHEAP}, batch 1, accumulation 2"
+
+
 @pytest.mark.parametrize(
     ("free", "told"),
     [
-        (23, "modulation_table on"),
-        (16, "modulation_table on, checkpointing 'block'"),
-        (8, "modulation_table on, checkpointing 'block', batch 1, accumulation 2, base precision 'int8-quanto'"),
-        (2, "no setting makes that fit"),
+        (30, "modulation_table on"),
+        (16, CHEAP),
+        (8, f"{LESS}, base precision 'int8-quanto'"),
+        (5, f"{LESS}, base precision 'int4-quanto'"),
+        (3, f"{LESS}, group offload by block"),
+        (2.5, f"{LESS}, group offload by block, resolution 768x768"),
+        (2.2, f"{LESS}, group offload by block, resolution 576x576"),
     ],
 )
-def test_advice_names_the_cheapest_change_that_fits(free: int, told: str, shapes: dict[str, Any]) -> None:
+def test_advice_names_the_cheapest_change_that_fits(free: float, told: str, shapes: dict[str, Any]) -> None:
     settings = dataclasses.replace(SETTINGS, checkpointing="none", batch=2, modulation_table=False)
-    assert told in estimate.fitting(CONFIG, shapes, settings, SIZE, CUDA, free * GIB)
+    advice = estimate.fitting(CONFIG, shapes, settings, SIZE, CUDA, int(free * GIB))
+    assert f"With {told} it needs about" in advice
+    said = re.search(r"改为(.*)后约需", advice)
+    assert said is not None and said[1].count("、") == len(re.findall(", (?!accumulation)", told))
+
+
+def test_offload_is_advised_with_what_it_needs(shapes: dict[str, Any]) -> None:
+    def advice(free: float, device: torch.device = CUDA, **options: Any) -> str:
+        settings = dataclasses.replace(SETTINGS, **options)
+        return estimate.fitting(CONFIG, shapes, settings, SIZE, device, int(free * GIB))
+
+    assert "With base precision 'bf16', group offload by block it" in advice(3, base_precision="int8-quanto")
+    assert "With compile off, group offload by block it" in advice(3, compile=True)
+    assert "With group offload by block without stream it" in advice(3, torch.device("mps"))
+    assert "With resolution 768x768 it" in advice(2.5, offload="block")
+
+
+def test_what_no_setting_makes_fit_is_said(shapes: dict[str, Any]) -> None:
+    assert "no setting makes that fit" in estimate.fitting(CONFIG, shapes, SETTINGS, SIZE, CUDA, GIB)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp32", "fp8-torchao", "int8-quanto", "int4-quanto"])

@@ -118,9 +118,9 @@ def _encode(
     return examples, validation
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """One sitting of a run."""
+    """One sitting of a run; ``advice`` is what would make it fit, in words, where it may not."""
 
     checkpoint: Checkpoint
     dataset: Dataset
@@ -128,6 +128,7 @@ class _Run:
     settings: TrainSettings
     file: Path
     folder: Path
+    advice: str = ""
 
     def train(self, monitor: Monitor) -> loop.Result:
         """Load the base afresh, train, write the LoRA, and give the memory back, whatever happens."""
@@ -137,7 +138,6 @@ class _Run:
         try:
             self._foresee(device)
             with torch.inference_mode(False), torch.enable_grad():
-                host.show_text("loading the base model 正在加载基础模型")
                 model = self._base(device)
                 scheduler = self.checkpoint.configs["scheduler"]
                 place = (self.folder, monitor.events(), device, scheduler)
@@ -154,6 +154,7 @@ class _Run:
 
     def _base(self, device: torch.device) -> VelocityModel:
         precision = self.settings.base_precision
+        host.show_text("\n".join(filter(None, (self.advice, "loading the base model 正在加载基础模型"))))
         with out_of_memory.told(*out_of_memory.LOADING, self.settings, device):
             return base.load_base(self.checkpoint, precision, device, host.progress())
 
@@ -169,6 +170,7 @@ class _Run:
             self.examples.report,
             f"base 基础精度: {self.settings.base_precision}",
             f"memory, estimated 显存估计: {self._estimate()}",
+            self.advice,
             f"file 文件: models/loras/{self.file.relative_to(host.write_folder('loras')).as_posix()}",
             f"states 状态: output/{training_request.shown(self.folder)}",
         ]
@@ -178,10 +180,9 @@ class _Run:
         """Say what the run will need; where that does not fit, what would."""
         logger.info("%s: memory 显存: %s", NODE, self._estimate())
         if device.type != "cpu":
-            advice = estimate.fitting(*self._given(), comfy.model_management.get_free_memory(device))
-            if advice:
-                logger.warning("%s: %s", NODE, advice)
-                host.show_text(advice)
+            self.advice = estimate.fitting(*self._given(), comfy.model_management.get_free_memory(device))
+            if self.advice:
+                logger.warning("%s: %s", NODE, self.advice)
 
     def _estimate(self) -> str:
         return str(estimate.estimate(*self._given()))

@@ -1,38 +1,111 @@
-"""LongCatTrainLora without its server: what it does when it cannot go on."""
+"""LongCatTrainLora in this process: what is on the device when the base comes, and what is said about memory."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from longcat_pack.longcat_backend.comfy_bridge import training
-from longcat_pack.longcat_backend.errors import LongCatError
+from longcat_pack.longcat_backend.memory import MIB
+from longcat_pack.longcat_backend.training import loop
+from longcat_pack.longcat_backend.training.dataset import DatasetSettings, read_folder
 from longcat_pack.longcat_backend.training.settings import TrainSettings
 
+Loaded = Callable[[str], tuple[Any, Any, Any]]
+SETTINGS = TrainSettings(steps=1, rank=2, base_precision="bf16", batch=2, validate_every=0)
 
-@pytest.mark.parametrize(
-    ("hungry", "told"), [("base.load_base", "the base model was loaded"), ("selfcheck.check_file", "LoRA was checked")]
-)
-def test_a_model_that_does_not_fit_says_what_to_turn_down(
-    hungry: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+
+class LoadedBase(Exception):
+    """The base is about to be read."""
+
+
+@pytest.fixture
+def places(comfy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's folders of LoRAs and outputs."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    return tmp_path
+
+
+@pytest.fixture
+def dataset(pack_dir: Path) -> Any:
+    """The demo's pictures."""
+    return read_folder(DatasetSettings(folder="zorb", resolutions="128"), [pack_dir / "demo" / "datasets"])
+
+
+def test_no_model_of_the_graph_is_on_the_device_when_the_base_comes(
+    loaded: Loaded, dataset: Any, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Anything:
-        def __getattr__(self, name: str) -> Any:
-            return self
+    """It would not fit beside an encoder of 15 GB."""
+    import comfy.model_management
 
-        def __call__(self, *args: Any) -> Any:
-            return self
+    from longcat_pack.longcat_backend.comfy_bridge import training, training_request
 
-        __getitem__ = __call__
+    model, clip, vae = loaded("core")
+    there: list[list[Any]] = []
 
-    def no_memory(*args: Any) -> None:
-        raise RuntimeError("MPS backend out of memory")
+    def note() -> list[Any]:
+        there.append([each.model.model for each in comfy.model_management.current_loaded_models])
+        return there[-1]
 
-    for name in ("base.load_base", "loop.train", "_Run._foresee"):
-        part, _, function = name.partition(".")
-        monkeypatch.setattr(getattr(training, part), function, Anything())
-    part, _, function = hungry.partition(".")
-    monkeypatch.setattr(getattr(training, part), function, no_memory)
-    run = training._Run(Anything(), Anything(), Anything(), TrainSettings(), tmp_path / "lora", tmp_path)
-    with pytest.raises(LongCatError, match=f"{told}.*MPS backend out of memory.*base precision"):
-        run.train(Anything())
+    def load_base(*args: Any) -> Any:
+        note()
+        raise LoadedBase
+
+    encode = training.encoded.encode
+
+    def encoded(*args: Any) -> Any:
+        examples = encode(*args)
+        note()
+        return examples
+
+    monkeypatch.setattr(training.encoded, "encode", encoded)
+    monkeypatch.setattr(training.base, "load_base", load_base)
+    comfy.model_management.load_models_gpu([model])
+    with torch.inference_mode(), pytest.raises(LoadedBase):
+        training.train(model, clip, vae, dataset, training_request.Request("mine", SETTINGS))
+    encoding, training_base = there
+    assert {id(clip.patcher.model), id(vae.patcher.model)} <= {id(each) for each in encoding}
+    assert training_base == []
+
+
+def test_advice_on_memory_stays_on_the_node_and_is_in_the_report(
+    loaded: Loaded, dataset: Any, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management
+
+    from longcat_pack.longcat_backend.comfy_bridge import formats, training
+
+    shown: list[str] = []
+
+    def load_base(*args: Any) -> Any:
+        raise LoadedBase
+
+    monkeypatch.setattr(training.host, "show_text", shown.append)
+    monkeypatch.setattr(training.base, "load_base", load_base)
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda"))
+    source = formats.source(loaded("core")[0])
+    place = places / "loras" / "mine.safetensors", places / "output" / "longcat_training" / "runs" / "mine"
+
+    def said(free: int) -> tuple[str, str]:
+        """On the node while the base is loaded, and in the report, with so many bytes free."""
+        monkeypatch.setattr(
+            comfy.model_management,
+            "get_free_memory",
+            lambda device, torch_free_too=False: (free, free) if torch_free_too else free,
+        )
+        run = training._Run(source, dataset, SimpleNamespace(report="cached"), SETTINGS, *place)
+        with pytest.raises(LoadedBase):
+            run.train(SimpleNamespace())
+        return shown[-1], "\n".join(run.report(loop.Result((), [], [], False, 1)))
+
+    for text in said(MIB):
+        assert "1.0 MiB are free: no setting makes that fit" in text and "没有设置能满足" in text
+    assert "loading the base model" in shown[-1]
+    for text in said(2**40):
+        assert "are free" not in text

@@ -106,7 +106,8 @@ def _common_inputs() -> list[Any]:
             default=GO_ON,
             optional=True,
             tooltip="Where there is a run of this name. go on: from its last state, with the same settings. start "
-            "over: delete it, and its LoRA, first.",
+            "over: delete its saved states first, each time it is queued, after an interruption too; its LoRA is "
+            "replaced at the end. Set go on to continue.",
         ),
     ]
 
@@ -129,7 +130,8 @@ def _advanced_inputs() -> list[Any]:
             default="constant",
             optional=True,
             advanced=True,
-            tooltip="The learning rate after the warm-up.",
+            tooltip="The learning rate after the warm-up. cosine and linear fall to 0 over the run: with another "
+            "number of steps a run goes on at other rates, which the report says.",
         ),
         io.DynamicCombo.Input(
             "flow_shift",

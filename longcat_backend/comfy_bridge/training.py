@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from .. import labelled_grid, lora_files, loss_chart
 from ..checkpoints import Checkpoint
 from ..sampler import Prompt
-from ..training import base, encoded, estimate, loop, out_of_memory, selfcheck, state
+from ..training import base, encoded, estimate, loop, out_of_memory, resume, selfcheck
 from ..training.dataset import Dataset, Item
 from ..training.encoded import EncodedDataset
 from ..training.settings import TrainSettings
+from ..training.state import State
 from ..transformer import VelocityModel, audited_shapes
 from . import host, lora, prompt_grid, training_request
 from .training_encoders import GraphEncoders
@@ -62,15 +63,15 @@ def train(
     ComfyUI's models leave the device before the frozen base is read from the MODEL's checkpoint.
 
     Raises:
-        LongCatError: MODEL, CLIP or VAE are not LongCatLoader's; the dataset is for another task; a file of that name
-            is there and no run of it; or see :func:`loop.train`.
+        LongCatError: MODEL, CLIP or VAE are not LongCatLoader's; the dataset is for another task; or see
+            :func:`training_request.prepare_places` and :func:`loop.train`.
     """
     checkpoint = training_request.require_checkpoint(model)
     base.check(checkpoint, request.settings.base_precision)
     training_request.require_task(checkpoint, dataset)
     file, folder = training_request.prepare_places(request)
     encoders = GraphEncoders(clip, vae, NODE)
-    begun = state.steps(folder)
+    begun = _begun(resume.find(folder, request.settings), request.settings)
     examples, validation = _encode(dataset, encoders, request, checkpoint)
     config = training_request.export(checkpoint, dataset, request)
     training_request.keep_config(folder, config)
@@ -84,7 +85,7 @@ def train(
     trained, matched = lora.apply(model, lora_files.read(file).adapters, 1.0)
     grid = _final_grid(model, trained, encoders, validation, shown_item(dataset))
     chart = labelled_grid.as_tensor(loss_chart.draw(result.losses, result.held_out, request.settings.steps))
-    report = "\n".join([_begun(begun), *run.report(result), f"self-test 自检: {matched}"])
+    report = "\n".join([*begun, *run.report(result), f"self-test 自检: {matched}"])
     return Trained(trained, load_file(file), file, chart, grid, config, report)
 
 
@@ -224,5 +225,8 @@ def _final_grid(
     return grid
 
 
-def _begun(steps: Sequence[int]) -> str:
-    return f"went on after step {steps[-1]} 从第 {steps[-1]} 步之后继续" if steps else "from the first step 从头开始"
+def _begun(found: State | None, settings: TrainSettings) -> list[str]:
+    if found is None:
+        return ["from the first step 从头开始"]
+    lines = [f"went on after step {found.step} 从第 {found.step} 步之后继续", resume.new_length(found, settings)]
+    return [line for line in lines if line]

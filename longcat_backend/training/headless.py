@@ -13,7 +13,7 @@ from ..checkpoints import Checkpoint
 from ..errors import LongCatError
 from ..sampler import Prompt, sample
 from ..transformer import VelocityModel, audited_shapes
-from . import adapters, base, dataset, encoded, estimate, loop, out_of_memory, selfcheck
+from . import adapters, base, dataset, encoded, estimate, loop, out_of_memory, resume, selfcheck
 from .config import Config
 from .dataset import Dataset
 from .encoders import CheckpointEncoders
@@ -43,6 +43,7 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
         log.info("%s", note)
     checkpoint = checkpoints.open_checkpoint(config.checkpoint)
     base.check(checkpoint, config.settings.base_precision)
+    resume.find(config.run_folder, config.settings)  # refuses before anything is computed what the loop would refuse
     found = _dataset(config, checkpoint)
     encoders = _encoders(checkpoint, device)
     preserve = config.settings.preservation_prompts if config.settings.preserves else ()

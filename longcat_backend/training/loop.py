@@ -16,10 +16,10 @@ from ..identity import of_weights
 from ..lora import Adapter
 from ..memory import is_out_of_memory
 from ..transformer import VelocityModel
-from . import adapters, engine, out_of_memory, preservation, selfcheck, state, tabulated, validation
+from . import adapters, engine, out_of_memory, preservation, resume, selfcheck, state, tabulated, validation
 from .objective import Shift, mean_tokens
 from .run import Data, Run
-from .settings import TrainSettings, differences
+from .settings import TrainSettings
 
 _SMOOTHING = 0.9
 log = logging.getLogger(__name__)
@@ -103,27 +103,22 @@ def train(
         scheduler: the checkpoint's scheduler config, for the shift of the noise levels.
 
     Raises:
-        LongCatError: the run was begun with other settings; a state cannot be saved or read; memory ran out; the loss
+        LongCatError: see :func:`resume.find`; a state cannot be saved or read; memory ran out; the loss
             is not finite; or the model's gradients are wrong. States that were saved stay whole.
     """
     with torch.inference_mode(False), torch.enable_grad():
         weights = of_weights(model.transformer.named_parameters())
-        identity = {
-            "settings": settings.to_json(),
-            "data": data.identity,
-            "model": weights,
-            "scheduler": dict(scheduler),
-        }
-        found = state.latest(run_folder)
-        if found is not None:
-            _refuse_other_run(found.values, identity, run_folder)
+        parts = {"data": data.identity, "model": weights, "scheduler": dict(scheduler)}
+        found = resume.find(run_folder, settings, parts)
         with out_of_memory.told("before the first step", "第一步之前", settings, device):
             run = _begin(model, data, settings, run_folder, device, scheduler, weights, events)
             if found is not None:
                 run.restore(found)
         if found is not None:
             log.info("The run in '%s' goes on after step %d of %d.", run_folder, run.step, settings.steps)
-        return _Sitting(run, identity, run_folder, events).last()
+            if note := resume.new_length(found, settings):
+                log.warning("%s", note)
+        return _Sitting(run, {"settings": settings.to_json(), **parts}, run_folder, events).last()
 
 
 def _begin(
@@ -257,20 +252,3 @@ def _refuse_no_pictures(data: Data) -> None:
             "The dataset has no picture to train on. Add pictures, or lower the held-out fraction.",
             "数据集中没有可用于训练的图片。请添加图片，或降低留出比例。",
         )
-
-
-def _refuse_other_run(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
-    told = differences(old["settings"], new["settings"])
-    for part, name in (("data", "the dataset"), ("model", "the base model"), ("scheduler", "the scheduler config")):
-        if old[part] != new[part]:
-            told.append(f"{name}: {_short(old[part])} -> {_short(new[part])}")
-    if told:
-        raise LongCatError(
-            f"The run in '{folder}' cannot go on, as it was begun with something else ({'; '.join(told)}). Set that "
-            "back, or choose another name for the run to start anew.",
-            f"“{folder}”中的训练无法继续，因为开始时的内容不同（{'；'.join(told)}）。请改回，或换一个运行名称重新开始。",
-        )
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)

@@ -59,6 +59,10 @@ def test_other_settings_under_the_same_name_are_refused_by_name(training_server:
     failed(training_server, other, "3", ("rank: 4 -> 8", "seed: 0 -> 1"))
     more = training_server.run(changed(graph, **{"3.steps": 4}))
     assert more.outputs["report"]["text"][0].startswith("went on after step 3")
+    config = run_folder(training_server, "mine") / "config.json"
+    written = config.read_bytes()
+    failed(training_server, graph, "3", ("has done 4 steps already, and 3 are asked for",))
+    assert config.read_bytes() == written
     over = training_server.run(changed(other, **{"3.if_begun": "start over"}))
     assert over.outputs["report"]["text"][0].startswith("from the first step")
 

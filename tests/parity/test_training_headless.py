@@ -95,6 +95,20 @@ def test_a_check_without_memory_says_that_the_lora_is_whole(
     assert given.file.read_bytes() == straight.read_bytes()
 
 
+def test_fewer_steps_than_are_done_are_refused_before_anything_is_computed(
+    pack_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = read(pack_dir, tmp_path)
+    answers = iter([False, True])
+    headless.train(given, CPU, lambda: next(answers))
+    written = given.file.read_bytes()
+    monkeypatch.setattr(headless.encoded, "encode", None)
+    fewer = dataclasses.replace(given, settings=dataclasses.replace(given.settings, steps=1))
+    with pytest.raises(LongCatError, match="has done 2 steps already, and 1 are asked for"):
+        headless.train(fewer, CPU, lambda: False)
+    assert given.file.read_bytes() == written
+
+
 def no_memory(*args: Any) -> None:
     raise RuntimeError("MPS backend out of memory")
 

@@ -103,6 +103,26 @@ def test_changed_settings_are_refused_by_name(change: dict[str, Any], told: str,
         train(tmp_path, dataclasses.replace(SETTINGS, **change))
 
 
+def test_fewer_steps_than_are_done_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    train(tmp_path, dataclasses.replace(SETTINGS, save_every=1, keep=9), **stop_at(5))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(LongCatError, match="has done 5 steps already, and 3 are asked for"):
+        train(tmp_path, dataclasses.replace(SETTINGS, steps=3))
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_learning_rate_that_follows_the_new_length_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, dataclasses.replace(SETTINGS, steps=2))
+    train(tmp_path, dataclasses.replace(SETTINGS, steps=2))
+    assert "new length" not in caplog.text
+    train(tmp_path, dataclasses.replace(SETTINGS, steps=3))
+    assert "The learning rate (cosine) follows the new length, 3 steps in place of 2" in caplog.text
+    caplog.clear()
+    for steps in (2, 3):
+        train(tmp_path / "constant", dataclasses.replace(SETTINGS, schedule="constant", steps=steps))
+    assert "new length" not in caplog.text
+
+
 def test_another_dataset_is_refused(tmp_path: Path) -> None:
     train(tmp_path, **stop_at(1))
     with pytest.raises(LongCatError, match="the dataset: pictures -> others"):

@@ -126,8 +126,8 @@ class GroupOffload:
         if device.type not in (_STREAMING if self.stream else (*_STREAMING, "mps")):
             kind = (" with a stream", "使用流的") if self.stream else ("", "")
             raise LongCatError(
-                f"Group offload{kind[0]} does not work on this device ({device}). Set offload to auto.",
-                f"此设备（{device}）不支持{kind[1]}分组卸载。请把卸载设为 auto。",
+                f"Group offload{kind[0]} does not work on this device ({device}). Switch group offload off.",
+                f"此设备（{device}）不支持{kind[1]}分组卸载。请关闭分组卸载。",
             )
         from diffusers.hooks import apply_group_offloading
 

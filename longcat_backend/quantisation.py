@@ -136,8 +136,8 @@ def check_group_offload(preset: Preset, disk: bool) -> None:
         place = (" to the disk", "到磁盘") if preset.backend == "torchao" else ("", "")
         raise LongCatError(
             f"Group offload cannot move weights of the precision '{preset.name}'{place[0]}. Choose bf16 with group "
-            "offload, or set offload to auto.",
-            f"分组卸载无法移动精度“{preset.name}”的权重{place[1]}。请选择 bf16 与分组卸载，或把卸载设为 auto。",
+            "offload, or switch group offload off.",
+            f"分组卸载无法移动精度“{preset.name}”的权重{place[1]}。请选择 bf16 与分组卸载，或关闭分组卸载。",
         )
 
 

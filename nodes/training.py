@@ -122,7 +122,7 @@ def _advanced_inputs() -> list[Any]:
             default="adamw",
             optional=True,
             advanced=True,
-            tooltip="adamw-8bit and prodigy need the packages bitsandbytes and prodigyopt.",
+            tooltip="prodigy and lion need the packages prodigyopt and lion-pytorch; adamw-8bit is torchao's.",
         ),
         io.Combo.Input(
             "schedule",

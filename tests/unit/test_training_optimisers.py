@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,20 @@ def test_a_missing_package_is_named_with_its_command(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(LongCatError, match=f"'{name}' needs the Python package .*{command}"):
         optimisers.make(dataclasses.replace(SETTINGS, optimiser=name), [nn.Parameter(torch.zeros(2))])
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["locales/en/nodeDefs.json", "locales/zh/nodeDefs.json", "web/docs/LongCatTrainLora/en.md"]
+    + ["web/docs/LongCatTrainLora/zh.md", "README.md", "README.zh.md"],
+)
+def test_the_texts_name_the_packages_that_do_not_come_with_the_pack(page: str, pack_dir: Path) -> None:
+    text = (pack_dir / page).read_text(encoding="utf-8")
+    required = (pack_dir / "requirements.txt").read_text(encoding="utf-8")
+    packages = {package for _, _, package in optimisers._OPTIONAL.values() if package not in required}
+    assert packages == {"prodigyopt", "lion-pytorch"}
+    assert [package for package in packages if package not in text] == []
+    assert "bitsandbytes" not in text
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "prodigy", "lion"])

@@ -70,6 +70,11 @@ FLAVOURS = {
 }
 
 
+def folder_name(name: str) -> str:
+    """The folder that a repository is downloaded into; any other name as it is."""
+    return next((each.folder_name for each in FLAVOURS.values() if each.repo_id == name), name)
+
+
 def identify(pipeline: str, folder_name: str, scheduler_config: Mapping[str, Any]) -> Flavour:
     """The flavour of an official folder.
 

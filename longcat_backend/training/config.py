@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .. import latents, lora_files, saving
+from .. import flavours, latents, lora_files, saving
 from ..errors import LongCatError
 from . import simpletuner
 from .dataset import DatasetSettings
@@ -95,11 +95,13 @@ def read(path: Path, models: Sequence[Path] = (), data: Sequence[Path] = ()) -> 
         raise unknown_keys(unknown, list(SECTIONS))
     places = [path.parent, Path()]
     dataset = DatasetSettings.from_json(_section(values, "dataset"))
+    if not dataset.folder:
+        raise _pictures_of_a_graph()
     folder = _found(dataset.folder, [*places, *data], "dataset").absolute()
     references = dataset.reference_folder and _found(dataset.reference_folder, [*places, *data], "dataset").absolute()
     return Config(
         name=saving.check_name(_text(values, "name", path.stem).removesuffix(lora_files.SUFFIX)).as_posix(),
-        checkpoint=_found(_text(values, "checkpoint", ""), [*places, *models], "checkpoint"),
+        checkpoint=_found(flavours.folder_name(_text(values, "checkpoint", "")), [*places, *models], "checkpoint"),
         dataset=DatasetSettings.from_json(
             {**dataset.to_json(), "folder": str(folder), "reference_folder": str(references)}
         ),
@@ -148,6 +150,16 @@ def _no_config(path: Path, why: str) -> LongCatError:
     return LongCatError(
         f"'{path}' cannot be read as a training config: {why}. Give the JSON that LongCatTrainLora exports.",
         f"无法将“{path}”作为训练配置读取：{why}。请使用 LongCatTrainLora 导出的 JSON。",
+    )
+
+
+def _pictures_of_a_graph() -> LongCatError:
+    return LongCatError(
+        "The config names no folder of pictures: this run's pictures came from the graph, and training without "
+        "ComfyUI needs a folder. Save them into one with their captions beside them, and write it as 'folder' of "
+        "'dataset'.",
+        "配置没有图像文件夹：该训练的图像来自工作流，而脱离 ComfyUI 训练需要文件夹。"
+        "请将图像与描述保存到一个文件夹中，并填入“dataset”的“folder”。",
     )
 
 

@@ -131,8 +131,7 @@ def convert(values: Mapping[str, Any], read_backends: ReadBackends) -> tuple[dic
 def _checkpoint(given: Mapping[str, Any]) -> str:
     for key in ("pretrained_transformer_model_name_or_path", "pretrained_model_name_or_path"):
         if given.get(key):
-            repository = next((each for each in flavours.FLAVOURS.values() if each.repo_id == given[key]), None)
-            return repository.folder_name if repository else str(given[key])
+            return str(given[key])
     flavour = str(given.get("model_flavour", "final"))
     if flavour not in flavours.FLAVOURS:
         raise unsupported("model_flavour", flavour, flavours.FLAVOURS)

@@ -75,6 +75,7 @@ def test_names_are_looked_up_in_the_folders_that_were_given(tmp_path: Path) -> N
         ({"setings": {}}, r"'setings' \(did you mean 'settings'\?\)"),
         ({"settings": {"lerning_rate": 1}}, "'lerning_rate'"),
         ({"settings": 3}, "'settings' of the config is 3"),
+        ({"dataset": {"folder": ""}}, "this run's pictures came from the graph.* needs a folder"),
         ({"dataset": {"folder": "nowhere"}}, "no dataset 'nowhere'"),
         ({"validation": {"step": 3}}, "'step'"),
         ({"validation": {"size": [100, 100]}}, "not a multiple of 16"),

@@ -168,6 +168,11 @@ def test_resolutions_of_a_data_backend(backend: dict[str, Any], expected: str, w
     assert found.dataset.resolutions == expected
 
 
+def test_a_repository_is_looked_for_in_the_folder_of_its_download(write: Any, tmp_path: Path) -> None:
+    values = {**QUICKSTART, "pretrained_model_name_or_path": "meituan-longcat/LongCat-Image"}
+    assert config.read(write(values)).checkpoint == tmp_path / "LongCat-Image"
+
+
 def test_int8_is_taken_where_nothing_is_offloaded(write: Any) -> None:
     values = {**QUICKSTART, "base_model_precision": "int8-quanto", "--enable_group_offload": False}
     assert config.read(write(values)).settings.base_precision == "int8-quanto"

@@ -40,6 +40,7 @@ class Written(NamedTuple):
 
 CHECKPOINT = Written("The checkpoint", "检查点", ", or choose a smaller precision", "，或选择更小的精度")
 LORA = Written("The LoRA", "LoRA ")
+STATES = Written("The states of the training", "训练状态")
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,43 @@ def staged(overwrite: bool, what: Written = CHECKPOINT) -> Iterator[Staging]:
         yield staging
         staging.commit()
     except OSError as error:
-        raise LongCatError(
-            f"{what.en} could not be written ({error}); nothing was left behind. Check the free space and the "
-            "rights of the model folder, and that no other program uses the files.",
-            f"{what.zh}写入失败（{error}），未留下任何文件。请检查模型文件夹的剩余空间和权限，并确认文件未被其他程序占用。",
-        ) from error
+        raise _unwritable(what, error) from error
     finally:
         staging.discard()
+
+
+def probe(target: Path) -> None:
+    """See before long work that a file can be written in the end: a small one is written beside it, and deleted.
+
+    Raises:
+        LongCatError: a folder has the target's name.
+        OSError: it cannot be written there.
+    """
+    staging = Staging(overwrite=True)
+    try:
+        staging.place(target).write_bytes(b"probe")
+    finally:
+        staging.discard()
+
+
+def require_writable(target: Path, what: Written) -> None:
+    """The same as :func:`probe`, in words.
+
+    Raises:
+        LongCatError: the target cannot be written.
+    """
+    try:
+        probe(target)
+    except OSError as error:
+        raise _unwritable(what, error) from error
+
+
+def _unwritable(what: Written, error: OSError) -> LongCatError:
+    return LongCatError(
+        f"{what.en} could not be written ({error}); nothing was left behind. Check the free space and the "
+        "rights of the folder, and that no other program uses the files.",
+        f"{what.zh}写入失败（{error}），未留下任何文件。请检查文件夹的剩余空间和权限，并确认文件未被其他程序占用。",
+    )
 
 
 def check_name(name: str) -> PurePosixPath:

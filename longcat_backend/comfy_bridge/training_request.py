@@ -157,9 +157,8 @@ def prepare_places(request: Request) -> tuple[Path, Path]:
         LongCatError: a LoRA of that name is there and no run that made it, or nothing can be written.
     """
     file, folder = request.file, request.run_folder
+    saving.require_writable(file, saving.LORA)
     try:
-        if request.start_over and folder.exists():
-            shutil.rmtree(folder)
         if file.exists() and not request.start_over and not state.steps(folder):
             raise LongCatError(
                 f"There is a LoRA '{request.name}' in models/loras already, and no run that made it. Choose another "
@@ -167,6 +166,9 @@ def prepare_places(request: Request) -> tuple[Path, Path]:
                 f"models/loras 中已有 LoRA“{request.name}”，但没有对应的训练记录。"
                 "请换一个名称，或把 if_begun 设为 start over 以替换它。",
             )
+        saving.probe(folder / CONFIG)
+        if request.start_over and folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from error

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoints, labelled_grid, loss_chart
+from .. import checkpoints, labelled_grid, loss_chart, saving
 from ..checkpoints import Checkpoint
 from ..errors import LongCatError
 from ..sampler import Prompt, sample
 from ..transformer import VelocityModel, audited_shapes
-from . import adapters, base, dataset, encoded, estimate, loop, out_of_memory, resume, selfcheck
+from . import adapters, base, dataset, encoded, estimate, loop, out_of_memory, resume, selfcheck, state
 from .config import Config
 from .dataset import Dataset
 from .encoders import CheckpointEncoders
@@ -43,7 +43,10 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
         log.info("%s", note)
     checkpoint = checkpoints.open_checkpoint(config.checkpoint)
     base.check(checkpoint, config.settings.base_precision)
-    resume.find(config.run_folder, config.settings)  # refuses before anything is computed what the loop would refuse
+    # What would be refused later is refused before anything is computed.
+    resume.find(config.run_folder, config.settings)
+    saving.require_writable(config.file, saving.LORA)
+    saving.require_writable(config.run_folder / state.INDEX, saving.STATES)
     found = _dataset(config, checkpoint)
     encoders = _encoders(checkpoint, device)
     preserve = config.settings.preservation_prompts if config.settings.preserves else ()

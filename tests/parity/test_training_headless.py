@@ -109,6 +109,20 @@ def test_fewer_steps_than_are_done_are_refused_before_anything_is_computed(
     assert given.file.read_bytes() == written
 
 
+@pytest.mark.parametrize(("way", "told"), [("output", "The LoRA could not"), ("output/runs", "The states of the")])
+def test_what_is_in_the_way_of_a_result_is_told_before_anything_is_computed(
+    way: str, told: str, pack_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = read(pack_dir, tmp_path)
+    place = given.output.parent / way
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(b"precious")
+    monkeypatch.setattr(headless.encoded, "encode", None)
+    with pytest.raises(LongCatError, match=told):
+        headless.train(given, CPU, lambda: False)
+    assert place.read_bytes() == b"precious"
+
+
 def no_memory(*args: Any) -> None:
     raise RuntimeError("MPS backend out of memory")
 

@@ -1,12 +1,13 @@
 """LongCatTrainLora without its server: what it does when it cannot go on."""
 
 import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longcat_pack.longcat_backend.comfy_bridge import training
+from longcat_pack.longcat_backend.comfy_bridge import training, training_request
 from longcat_pack.longcat_backend.errors import LongCatError
 from longcat_pack.longcat_backend.training.settings import TrainSettings
 from longcat_pack.longcat_backend.training.state import State
@@ -48,3 +49,73 @@ def test_a_model_that_does_not_fit_says_what_to_turn_down(
     run = training._Run(Anything(), Anything(), Anything(), TrainSettings(), tmp_path / "lora", tmp_path)
     with pytest.raises(LongCatError, match=f"{told}.*MPS backend out of memory.*base precision"):
         run.train(Anything())
+
+
+@pytest.fixture
+def places(comfy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's folders of LoRAs and outputs."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    return tmp_path
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("start_over", [False, True])
+def test_places_that_can_be_written_hold_nothing_but_the_run_folder(start_over: bool, places: Path) -> None:
+    request = training_request.Request("sub/mine", SETTINGS, start_over=start_over)
+    file, folder = training_request.prepare_places(request)
+    assert file == places / "loras" / "sub" / "mine.safetensors"
+    (folder / "state-00000002").mkdir()
+    training_request.prepare_places(request)
+    kept = [] if start_over else ["output/longcat_training/runs/sub/mine/state-00000002"]
+    run = ["output", "output/longcat_training", "output/longcat_training/runs", "output/longcat_training/runs/sub"]
+    assert entries(places) == [*run, "output/longcat_training/runs/sub/mine", *kept]
+
+
+@pytest.mark.parametrize(
+    ("way", "told"),
+    [
+        ("loras/sub", "The LoRA could not be written"),
+        ("loras/sub/mine.safetensors/full", "is a folder with something else in it"),
+        ("output/longcat_training", "The run folder 'longcat_training/runs/sub/mine' .* cannot be written"),
+        ("output/longcat_training/runs/sub/mine", "The run folder .* cannot be written"),
+    ],
+)
+def test_what_is_in_the_way_of_a_result_is_told_at_once_and_nothing_is_deleted(
+    way: str, told: str, places: Path
+) -> None:
+    (places / way).parent.mkdir(parents=True)
+    (places / way).write_bytes(b"precious")
+    if way.startswith("loras"):
+        (places / "output/longcat_training/runs/sub/mine/state-00000002").mkdir(parents=True)
+    before = entries(places)
+    for start_over in (False, True):
+        request = training_request.Request("sub/mine", SETTINGS, start_over=start_over)
+        with pytest.raises(LongCatError, match=told):
+            training_request.prepare_places(request)
+    assert entries(places) == before
+
+
+@pytest.mark.parametrize("unwritable", ["mine.safetensors", "config.json"])
+def test_a_folder_that_cannot_be_written_costs_no_state_of_an_earlier_run(
+    unwritable: str, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = places / "output/longcat_training/runs/mine/state-00000002"
+    state.mkdir(parents=True)
+    write = Path.write_bytes
+
+    def refused(self: Path, content: bytes) -> int:
+        if unwritable in self.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    with pytest.raises(LongCatError, match="Permission denied"):
+        training_request.prepare_places(training_request.Request("mine", SETTINGS, start_over=True))
+    assert state.is_dir()

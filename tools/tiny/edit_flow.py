@@ -69,7 +69,7 @@ class EditRecipe:
 
 
 EDIT = EditRecipe((EditPhase(250, 64, 192, False), EditPhase(235, TEXT_SLOTS, 96, True)), 8e-4, False, 0.1)
-TURBO = EditRecipe((EditPhase(100, TEXT_SLOTS, 96, True),), 4e-4, True, 0.0)
+TURBO = EditRecipe((EditPhase(210, TEXT_SLOTS, 96, True),), 4e-4, True, 0.0)
 
 
 @dataclass

@@ -1,16 +1,16 @@
 """python -m longcat_backend.training [validate] CONFIG.json: train a LoRA, or draw its validation pictures.
 
 Run it in the pack's folder. CONFIG is what LongCatTrainLora exports, or SimpleTuner's config.json for this family.
-Ctrl+C saves and ends; the same command goes on from there.
+Ctrl+C and SIGTERM save and end; the same command goes on from there.
 """
 
 import argparse
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "validate":
             headless.validate(given, device)
             return 0
-        return 130 if headless.train(given, device, _interrupted()).stopped else 0
+        with _interruptible() as should_stop:
+            return 130 if headless.train(given, device, should_stop).stopped else 0
     except LongCatError as error:
         logging.error("%s", error)
         return 1
@@ -52,18 +53,23 @@ def _device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _interrupted() -> Any:
-    """Asks whether Ctrl+C was pressed; pressed twice, it ends at once."""
-    pressed: list[int] = []
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Asks whether to stop: after Ctrl+C, which ends at once the second time, or SIGTERM, however often it comes."""
+    asked: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if pressed:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        pressed.append(number)
+        asked.append(number)
         logging.warning("stopping after this step")
 
-    signal.signal(signal.SIGINT, note)
-    return lambda: bool(pressed)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

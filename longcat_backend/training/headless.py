@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from .. import checkpoints, labelled_grid, loss_chart, saving
 from ..checkpoints import Checkpoint
@@ -58,7 +59,8 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     model = _base(config, checkpoint, device)
 
     def on_validation(step: int, trained: torch.nn.Module) -> None:
-        _draw_both(config, checkpoint, model, encoders, drawn, device, f"step-{step:08d}")
+        grid = _draw_both(config, checkpoint, model, encoders, drawn, device)
+        _keep(grid, config.run_folder / f"step-{step:08d}.png")
 
     def on_saved(place: Path) -> None:
         log.info("saved %s", place)
@@ -74,7 +76,7 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     with out_of_memory.told(*out_of_memory.CHECKING, config.settings, device):
         selfcheck.check_file(model, config.file, result.adapters, device)
     chart = loss_chart.draw(result.losses, result.held_out, config.settings.steps)
-    chart.save(config.run_folder / "loss.png")
+    _keep(chart, config.run_folder / "loss.png")
     log.info("%s: %d of %d steps", config.file, result.step, config.settings.steps)
     return result
 
@@ -83,7 +85,7 @@ def validate(config: Config, device: torch.device) -> Path:
     """Draw the validation prompts without and with the LoRA that was written; the picture's file.
 
     Raises:
-        LongCatError: there is no LoRA yet, or see :func:`lora_files.read`.
+        LongCatError: there is no LoRA yet, the picture cannot be written, or see :func:`lora_files.read`.
     """
     if not config.file.is_file():
         raise LongCatError(
@@ -99,7 +101,9 @@ def validate(config: Config, device: torch.device) -> Path:
     adapters.inject(model.transformer, settings.targets, settings.rank, settings.effective_alpha, settings.seed, device)
     model.transformer.to(device)
     selfcheck.put_on(model, config.file)
-    return _draw_both(config, checkpoint, model, encoders, drawn, device, "validation")
+    place = config.run_folder / "validation.png"
+    _save(_draw_both(config, checkpoint, model, encoders, drawn, device), place)
+    return place
 
 
 def _dataset(config: Config, checkpoint: Checkpoint) -> Dataset:
@@ -144,9 +148,8 @@ def _draw_both(
     encoders: CheckpointEncoders,
     drawn: Validation,
     device: torch.device,
-    name: str,
-) -> Path:
-    """One row for the model without its adapters and one with them, as a picture in the run folder."""
+) -> Image.Image:
+    """One row for the model without its adapters and one with them."""
     settings, pictures = config.validation, []
 
     def row() -> None:
@@ -166,18 +169,27 @@ def _draw_both(
     with adapters.disabled(model):
         row()
     row()
-    grid = labelled_grid.grid(pictures, ["without LoRA", "with LoRA"], list(drawn.texts))
-    place = config.run_folder / f"{name}.png"
+    return labelled_grid.grid(pictures, ["without LoRA", "with LoRA"], list(drawn.texts))
+
+
+def _keep(picture: Image.Image, place: Path) -> None:
+    """A picture of a run is worth less than the run, which goes on without it."""
+    try:
+        _save(picture, place)
+    except LongCatError as error:
+        log.warning("%s", error)
+
+
+def _save(picture: Image.Image, place: Path) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(place)
+        picture.save(place)
     except OSError as error:
         raise LongCatError(
-            f"The validation picture '{place}' cannot be written: {error}. Make room, or make the folder writable.",
-            f"无法写入验证图像“{place}”：{error}。请清理空间，或使文件夹可写。",
+            f"The picture '{place}' cannot be written: {error}. Make room, or make the folder writable.",
+            f"无法写入图像“{place}”：{error}。请清理空间，或使文件夹可写。",
         ) from error
     log.info("drew %s", place)
-    return place
 
 
 def _tell_estimate(config: Config, checkpoint: Checkpoint, found: Dataset, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from longcat_pack.longcat_backend import checkpoints, lora_files
 from longcat_pack.longcat_backend.errors import LongCatError
 from longcat_pack.longcat_backend.training import __main__ as program
 from longcat_pack.longcat_backend.training import adapters, base, config, headless, selfcheck, state
+from longcat_pack.longcat_backend.training.loop import Progress
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -129,6 +131,39 @@ def test_what_is_in_the_way_of_a_result_is_told_before_anything_is_computed(
 
 def no_memory(*args: Any) -> None:
     raise RuntimeError("MPS backend out of memory")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_and_the_same_command_goes_on(
+    number: signal.Signals, straight: Path, pack_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = read(pack_dir, tmp_path)
+    command = [str(given.output.parent / "zorb.json"), "--device", "cpu", "--data", str(pack_dir / "demo" / "datasets")]
+    before = signal.getsignal(number)
+
+    def log_step(progress: Progress) -> None:
+        if progress.step == 2:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(headless, "_log_step", log_step)
+        assert program.main(command) == 130
+    assert signal.getsignal(number) is before
+    assert state.steps(given.run_folder) == [2] and given.file.is_file()
+    assert program.main(command) == 0
+    assert given.file.read_bytes() == straight.read_bytes()
+
+
+def test_a_chart_that_cannot_be_written_ends_nothing(
+    pack_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = read(pack_dir, tmp_path)
+    validating = dataclasses.replace(given.settings, steps=1, validate_every=1)
+    for name in ("loss.png", "step-00000001.png"):
+        (given.run_folder / name).mkdir(parents=True)
+    assert headless.train(dataclasses.replace(given, settings=validating), CPU, lambda: False).step == 1
+    assert given.file.is_file()
+    assert all(f"{name}' cannot be written" in caplog.text for name in ("loss.png", "step-00000001.png"))
 
 
 def test_a_mistake_ends_the_program_with_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

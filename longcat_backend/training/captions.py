@@ -14,6 +14,7 @@ from ..errors import LongCatError
 from .problems import Problem, UnusablePicture
 
 TABLES = ("metadata.jsonl", "metadata.json", "metadata.csv")
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # what other tools write their captions to
 TRIGGER = "{trigger}"
 LARGEST_CAPTION = 64 * 2**10
 LARGEST_TABLE = 64 * 2**20

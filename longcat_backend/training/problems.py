@@ -9,14 +9,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kind:
-    """One thing that can be wrong, in both languages, and whether the picture is left out for it."""
+    """One thing that can be wrong, in both languages.
+
+    Attributes:
+        skipped: the picture is left out for it.
+        first: it is listed before all others, since it may be the cause of them.
+    """
 
     en: str
     zh: str
     skipped: bool = False
+    first: bool = False
 
 
 KINDS = {
+    "other table": Kind(
+        "is not read: a table of captions has one of these names", "未读取：描述表格须使用以下名称之一", first=True
+    ),
     "unreadable": Kind("cannot be read", "无法读取", skipped=True),
     "too large": Kind("is larger than the limit", "超过大小上限", skipped=True),
     "too small": Kind("is too small for its bucket", "对于其分桶过小", skipped=True),
@@ -89,7 +98,8 @@ class UnusablePicture(Exception):
 
 
 def listed(problems: Sequence[Problem], most: int = 200) -> list[str]:
-    """The problems as lines, those for which a picture was left out first, and how many more there are."""
-    lines = [problem.text for problem in sorted(problems, key=lambda problem: not problem.skipped)]
+    """The problems as lines, what may be the cause and what was left out first, and how many more there are."""
+    order = sorted(problems, key=lambda problem: (not KINDS[problem.kind].first, not problem.skipped))
+    lines = [problem.text for problem in order]
     more = [f"… and {len(lines) - most} more 还有 {len(lines) - most} 项"] if len(lines) > most else []
     return lines[:most] + more

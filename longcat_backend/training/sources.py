@@ -82,7 +82,7 @@ def scan(
 
     A line of the folder's table counts before the files beside a picture. References and masks are in folders called
     ``references`` and ``masks`` in it, under the same names as the pictures, whatever their endings; what is in
-    ``preserved`` is for :func:`preserved`.
+    ``preserved`` is for :func:`preserved`. A table under another name is a problem, and is not read.
 
     Raises:
         LongCatError: there are no pictures, too many files, or a table that cannot be read.
@@ -106,7 +106,7 @@ def scan(
             reader.add_file(path)
     if not reader.sources and not reader.problems and not problems:
         raise _no_pictures(folder)
-    return reader.sources, problems + reader.problems
+    return reader.sources, _other_tables(folder, files, table) + problems + reader.problems
 
 
 def preserved(folder: Path, roots: Sequence[Path]) -> tuple[list[Source], list[Problem]]:
@@ -259,6 +259,20 @@ def _files(folder: Path) -> list[Path]:
                 f"“{folder.name}”中的文件超过 {MOST_FILES:,} 个。请直接选择存放图像的文件夹，或将其拆分。",
             )
     return found
+
+
+def _other_tables(folder: Path, files: Sequence[Path], table: Path | None) -> list[Problem]:
+    """Files in a folder that look like a table of captions and are not called like one."""
+    captioned = {path.with_suffix(".json") for path in files if path.suffix.lower() in SUFFIXES}
+    return [
+        Problem(path.name, "other table", ", ".join(captions.TABLES))
+        for path in files
+        if path.parent == folder
+        and path.suffix.lower() in captions.TABLE_SUFFIXES
+        and path not in captioned
+        and path.is_file()
+        and not (table and path.samefile(table))  # its name may be written otherwise where case does not count
+    ]
 
 
 def _some_folders(roots: Sequence[Path]) -> list[str]:

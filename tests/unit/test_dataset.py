@@ -191,6 +191,22 @@ def test_two_tables_stop_the_run(folder: Path, read: Read) -> None:
         read()
 
 
+@pytest.mark.parametrize("name", ["captions.jsonl", "metadata-2.csv", "dataset.json", "captions.tsv", "train.parquet"])
+def test_a_table_under_a_name_that_is_not_read_is_named_first(name: str, folder: Path, read: Read) -> None:
+    for index in range(12):
+        add(folder, f"{index}.png", None, (index, 0, 0))
+    add(folder, "0.png", None).with_suffix(".json").write_text('{"caption": "its own"}', encoding="utf-8")
+    (folder / name).write_text("", encoding="utf-8")
+    told = f"{name} is not read: a table of captions has one of these names"
+    made = read()
+    assert captions_of(made) == {"0.png": "its own"}
+    assert kinds(made)[name] == {"other table"} and "metadata.jsonl, metadata.json, metadata.csv" in made.report()
+    assert made.report().index(told) < made.report().index("1.png")
+    (folder / "0.json").unlink()
+    with pytest.raises(LongCatError, match=told):
+        read()
+
+
 def test_what_cannot_be_used_is_left_out_and_named_and_the_rest_is_trained(folder: Path, read: Read) -> None:
     add(folder, "good.png")
     (add(folder, "broken.png")).write_bytes(b"no picture")

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from longcat_pack.longcat_backend import checkpoints, lora_files
+from longcat_pack.longcat_backend import checkpoints, labelled_grid, lora_files, sampler
 from longcat_pack.longcat_backend.errors import LongCatError
 from longcat_pack.longcat_backend.training import __main__ as program
 from longcat_pack.longcat_backend.training import adapters, base, config, headless, selfcheck, state
+from longcat_pack.longcat_backend.training.encoders import CheckpointEncoders
 from longcat_pack.longcat_backend.training.loop import Progress
 
 CPU = torch.device("cpu")
@@ -68,11 +69,40 @@ def test_an_interrupted_run_writes_the_same_file(straight: Path, pack_dir: Path,
     assert (given.run_folder / "loss.png").is_file()
 
 
-def test_validation_draws_each_prompt_without_and_with_the_lora(straight: Path, pack_dir: Path) -> None:
-    path = straight.parents[1] / "zorb.json"
-    assert program.main(["validate", str(path), "--device", "cpu", "--data", str(pack_dir / "demo" / "datasets")]) == 0
-    with Image.open(straight.parent / "runs" / "zorb" / "validation.png") as grid:
-        assert grid.width >= 2 * 128 and grid.height >= 2 * 128
+def base_pictures(given: config.Config) -> list[torch.Tensor]:
+    """What the checkpoint alone draws of a config's validation prompts."""
+    checkpoint = checkpoints.open_checkpoint(given.checkpoint)
+    model, encoders = base.load_base(checkpoint, "fp32", CPU), CheckpointEncoders(checkpoint, torch.float32, CPU)
+    asked, found = given.validation, []
+    for text in asked.prompts:
+        prompt = sampler.Prompt(encoders.text(text, None), encoders.text("", None))
+        how = ((128, 128), asked.seed, asked.steps, asked.guidance, CPU, checkpoint.configs["scheduler"])
+        found.append(encoders.pixels(sampler.sample(model, prompt, *how)))
+    return found
+
+
+def test_validation_draws_each_prompt_without_and_with_the_lora(
+    straight: Path, pack_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, drawn = labelled_grid.grid, []
+
+    def kept(pictures: list[torch.Tensor], rows: list[str], columns: list[str]) -> Image.Image:
+        drawn.append((pictures, rows, columns, grid(pictures, rows, columns)))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr(labelled_grid, "grid", kept)
+    path, datasets = straight.parents[1] / "zorb.json", pack_dir / "demo" / "datasets"
+    assert program.main(["validate", str(path), "--device", "cpu", "--data", str(datasets)]) == 0
+    ((pictures, rows, columns, sheet),) = drawn
+    with Image.open(straight.parent / "runs" / "zorb" / "validation.png") as saved:
+        assert saved.tobytes() == sheet.tobytes()
+    given = config.read(path, data=[datasets])
+    assert (rows, columns) == (["without LoRA", "with LoRA"], list(given.validation.prompts))
+    expected = base_pictures(given)
+    assert len(pictures) == 2 * len(expected) == 4
+    for without, with_lora, alone in zip(pictures[:2], pictures[2:], expected, strict=True):
+        torch.testing.assert_close(without, alone, atol=1e-5, rtol=0)
+        assert (with_lora - without).abs().max() > 1e-3
 
 
 def test_validation_needs_a_lora(pack_dir: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""LongCatTrainLora in this process: what is on the device when the base comes, and what is said about memory."""
+"""LongCatTrainLora in this process: what is on the device when the base comes, what is said, and what is written."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from longcat_pack.longcat_backend.memory import MIB
 from longcat_pack.longcat_backend.training import loop
@@ -15,6 +17,7 @@ from longcat_pack.longcat_backend.training.settings import TrainSettings
 
 Loaded = Callable[[str], tuple[Any, Any, Any]]
 SETTINGS = TrainSettings(steps=1, rank=2, base_precision="bf16", batch=2, validate_every=0)
+BOTH = {"final": "LongCat-Tiny", "dev": "LongCat-Tiny-Dev"}
 
 
 class LoadedBase(Exception):
@@ -109,3 +112,24 @@ def test_advice_on_memory_stays_on_the_node_and_is_in_the_report(
     assert "loading the base model" in shown[-1]
     for text in said(2**40):
         assert "are free" not in text
+
+
+@pytest.mark.parametrize("flavour", BOTH)
+def test_the_lora_names_the_flavour_that_it_was_trained_on(
+    flavour: str, loaded: Loaded, dataset: Any, places: Path, folder: Path
+) -> None:
+    from longcat_pack.longcat_backend.comfy_bridge import files, loading, training, training_request
+
+    shutil.copytree(folder, places / BOTH[flavour])
+    model = loading.load_model(files.Place(folder=places / BOTH[flavour]).open(), "core", "fp32")
+    _, clip, vae = loaded("core")
+    request = training_request.Request(
+        "mine", TrainSettings(steps=1, rank=2, base_precision="fp32", validate_every=0), validation_steps=1
+    )
+    with torch.inference_mode():
+        made = training.train(model, clip, vae, dataset, request)
+    with safe_open(made.file, framework="pt") as opened:
+        header = opened.metadata()
+    assert header["modelspec.architecture"] == f"longcat_image-{flavour}/lora"
+    assert f'"model_flavour": "{flavour}"' in header["longcat_settings"]
+    assert f'"checkpoint": "{BOTH[flavour]}"' in made.config

@@ -48,9 +48,6 @@ def graph(old_every: int = OLD_EVERY, **settings: Any) -> Graph:
     made = training(**settings)
     for key, (prompts, _) in asked(old_every).items():
         add_grid(made, key, [prompt for prompt, _ in prompts], ["1" if key in ("unseen", "old-before") else "3", 0])
-    for key, output in (("loss", 3), ("sheet", 4)):
-        inputs = {"images": ["3", output], "filename_prefix": f"grid/{key}"}
-        made[key] = {"class_type": "SaveImage", "inputs": inputs}
     return made
 
 

@@ -1,13 +1,16 @@
 """LongCatTrainLora in the real server: it goes on where it stopped, and says what is wrong."""
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from host import training_graph
 from host.bad_input import check_alive, failed, rejected
 from host.graphs import Graph, changed
-from host.training_graph import assert_equal, lora_file, run_folder, tensors
+from host.training_graph import add_grid, assert_equal, lora_file, places_of, run_folder, saved, tensors
+from longcat_pack.longcat_backend import loss_chart
 from longcat_pack.tools.host import ComfyServer
 from longcat_pack.tools.results import Event, Interrupted
 
@@ -50,6 +53,31 @@ def test_an_interrupted_run_goes_on_bit_for_bit(training_server: ComfyServer) ->
     assert f"went on after step {done}" in report
     assert "models/loras/styles/halves.safetensors" in report and "longcat_training/runs/styles/halves" in report
     assert_equal(tensors(training_server, "styles/halves", 40), tensors(training_server, "straight", 40))
+
+
+def test_loss_and_grid_show_the_run(training_server: ComfyServer) -> None:
+    """The losses of its steps, and each prompt as the MODEL draws it before and after."""
+    prompts = ["a zorb on a red background", "红色背景上的佐布"]
+    drawing = {"validation_prompts": "\n".join(prompts), "validation_steps": 2, "validation_guidance": 2.0}
+    graph = training_graph.graph("shown", steps=5, learning_rate=1e-2, **drawing)
+    for key, output in (("loss", 3), ("sheet", 4)):
+        inputs = {"images": ["3", output], "filename_prefix": key}
+        graph[key] = {"class_type": "SaveImage", "inputs": inputs}
+    for key, node in (("before", "1"), ("after", "3")):
+        add_grid(graph, key, prompts, [node, 0], steps=2)
+    result = training_server.run(graph)
+    (loss,) = saved(training_server, result, "loss")
+    state = json.loads((run_folder(training_server, "shown") / "state-00000005" / "state.json").read_text("utf-8"))
+    losses = [(step, value) for step, value in state["values"]["losses"]]
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(loss, np.asarray(loss_chart.draw(losses, [], 5)))
+    (sheet,) = saved(training_server, result, "sheet")
+    before, after = (saved(training_server, result, f"{key}-saved") for key in ("before", "after"))
+    found = [places_of(sheet, picture) for pair in zip(before, after, strict=True) for picture in pair]
+    assert [len(places) for places in found] == [1, 1, 1, 1]
+    corners = np.array(found).reshape(2, 2, 2)  # prompts, without and with, y and x
+    assert (corners[:, 0, 0] == corners[:, 1, 0]).all() and (corners[:, 0, 1] + 128 < corners[:, 1, 1]).all()
+    assert corners[0, 0, 0] + 128 < corners[1, 0, 0]
 
 
 def test_other_settings_under_the_same_name_are_refused_by_name(training_server: ComfyServer) -> None:

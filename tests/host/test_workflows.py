@@ -49,6 +49,11 @@ def saved_picture(server: ComfyServer, result: Result) -> Image.Image:
     return Image.open(io.BytesIO(server.view(reference)))
 
 
+def halves(picture: Image.Image) -> list[np.ndarray]:
+    """The left and the right half, in levels of 0..255 that can be subtracted."""
+    return np.split(np.asarray(picture.convert("RGB")).astype(int), 2, axis=1)
+
+
 def shortened(prompt: dict[str, Any]) -> dict[str, Any]:
     """A copy of a prompt whose trainings are short."""
     copy = json.loads(json.dumps(prompt))
@@ -140,6 +145,20 @@ def test_dragging_the_saved_picture_in_gives_the_same_picture(
     samplers = {key for key, node in prompt.items() if "seed" in node["inputs"]}
     assert samplers and samplers <= set(again.executed_nodes)
     np.testing.assert_array_equal(np.asarray(saved_picture(other_server, again)), np.asarray(first))
+
+
+def test_lora_use_shows_the_same_picture_by_both_loaders(
+    server: ComfyServer, api_workflow: Callable[[str], dict[str, Any]]
+) -> None:
+    """Ours on the left, core's on the right; and without the LoRA it is another picture."""
+    prepare(server, "lora_use", api_workflow)
+    prompt = api_workflow("lora_use")
+    ours, cores = halves(saved_picture(server, server.run(prompt)))
+    assert abs(ours - cores).max() <= 1
+    prompt["2"]["inputs"]["strength"] = 0.0
+    base, again = halves(saved_picture(server, server.run(prompt)))
+    np.testing.assert_array_equal(again, cores)
+    assert abs(base - cores).max() > 4
 
 
 def test_the_saved_picture_tells_nothing_about_the_machine(

@@ -63,6 +63,13 @@ def saved(server: ComfyServer, result: Result, node: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(server.view(each))).convert("RGB")) for each in references]
 
 
+def places_of(sheet: np.ndarray, picture: np.ndarray) -> list[tuple[int, int]]:
+    """Top left corners (y, x) of a picture within a larger one; the one may be rounded where the other is cut."""
+    windows = np.lib.stride_tricks.sliding_window_view(sheet.astype(int), picture.shape)[..., 0, :, :, :]
+    corners = (abs(windows[..., 0, 0, :] - picture[0, 0]) <= 1).all(-1)
+    return [(y, x) for y, x in np.argwhere(corners).tolist() if abs(windows[y, x] - picture).max() <= 1]
+
+
 def run_folder(server: ComfyServer, name: str) -> Path:
     """Where the states of a run are."""
     return server.base_dir / "output" / "longcat_training" / "runs" / name

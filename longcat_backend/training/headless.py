@@ -40,8 +40,7 @@ def train(config: Config, device: torch.device, should_stop: Callable[[], bool])
     Raises:
         LongCatError: see :func:`loop.train`; or the LoRA that was written does not do what was learnt.
     """
-    for note in config.notes:
-        log.info("%s", note)
+    _tell_notes(config)
     checkpoint = checkpoints.open_checkpoint(config.checkpoint)
     base.check(checkpoint, config.settings.base_precision)
     # What would be refused later is refused before anything is computed.
@@ -87,6 +86,7 @@ def validate(config: Config, device: torch.device) -> Path:
     Raises:
         LongCatError: there is no LoRA yet, the picture cannot be written, or see :func:`lora_files.read`.
     """
+    _tell_notes(config)
     if not config.file.is_file():
         raise LongCatError(
             f"There is no LoRA '{config.file}' yet. Train it first: python -m longcat_backend.training CONFIG.",
@@ -104,6 +104,11 @@ def validate(config: Config, device: torch.device) -> Path:
     place = config.run_folder / "validation.png"
     _save(_draw_both(config, checkpoint, model, encoders, drawn, device), place)
     return place
+
+
+def _tell_notes(config: Config) -> None:
+    for note in config.notes:
+        log.info("%s", note)
 
 
 def _dataset(config: Config, checkpoint: Checkpoint) -> Dataset:

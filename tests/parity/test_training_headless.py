@@ -105,6 +105,16 @@ def test_validation_draws_each_prompt_without_and_with_the_lora(
         assert (with_lora - without).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("what", ["train", "validate"])
+def test_what_a_config_asks_for_in_vain_is_told(
+    what: str, pack_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = dataclasses.replace(read(pack_dir, tmp_path), checkpoint=tmp_path, notes=("'lora_dropout' is ignored",))
+    with caplog.at_level("INFO"), pytest.raises(LongCatError):
+        headless.train(given, CPU, lambda: False) if what == "train" else headless.validate(given, CPU)
+    assert "'lora_dropout' is ignored" in caplog.text
+
+
 def test_validation_needs_a_lora(pack_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(LongCatError, match="Train it first"):
         headless.validate(read(pack_dir, tmp_path), CPU)

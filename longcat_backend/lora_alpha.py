@@ -37,6 +37,11 @@ class Alphas:
         alpha = float(_matching(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
         return alpha * math.sqrt(rank) if self.config.get("use_rslora") else alpha
 
+    def targets(self) -> tuple[str, ...]:
+        """Names, or ends of names at a dot, of the layers that have a pair; none where they are told otherwise."""
+        names = self.config.get("target_modules")
+        return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
+
 
 def from_header(metadata: Mapping[str, str], name: str) -> Alphas | None:
     """The PEFT configuration in a safetensors header, as diffusers and SimpleTuner write it; None if there is none.

@@ -81,26 +81,32 @@ def translated(model: nn.Module, patches: Patches) -> dict[Any, Any]:
     return dict(patches)
 
 
-def require_alpha(model: nn.Module, patches: Patches, header: Mapping[str, str]) -> None:
-    """Refuse LoRAs that were applied without the alpha that stands in the header of their file, which core ignores.
+def require_header(model: nn.Module, patches: Patches, header: Mapping[str, str]) -> None:
+    """Refuse LoRAs that were applied in another way than the header of their file says, which core does not read.
 
     Args:
         patches: by the keys of the model's layers.
         header: of the file that they came from.
 
     Raises:
-        LongCatError: they were trained at another strength than they were applied at.
+        LongCatError: they were trained at another strength than they were applied at, or on layers that core left out.
     """
     alphas = lora_alpha.from_header(header, _HEADER_NAME)
     if alphas is None:
         return
-    modules = {place.key: name.rpartition(".")[0] for name, place in places(model).items()}
+    weights = [(name, place.key) for name, place in places(model).items() if name.endswith(".weight")]
+    modules = {key: name.removesuffix(".weight") for name, key in weights}
     for key, patch in patches.items():
         if isinstance(patch, comfy.weight_adapter.LoRAAdapter) and patch.weights[2] is None and key in modules:
             rank = patch.weights[1].shape[0]
             alpha = alphas.of(modules[key], rank)
             if alpha != rank:
                 raise _alpha_ignored(alpha, rank)
+    patched = {_name(key) for key in patches}  # a fused tensor as a whole, or only some of its rows
+    for target in alphas.targets():
+        named = [key for key, module in modules.items() if f".{module}".endswith(f".{target}")]
+        if named and not any(_name(key) in patched for key in named):
+            raise _target_ignored(target)
 
 
 def names_layer(model: nn.Module, key: Any) -> bool:
@@ -160,4 +166,13 @@ def _alpha_ignored(alpha: float, rank: int) -> LongCatError:
         f"{rank} and give another strength. Use LongCatLoraLoader.",
         f"该 LoRA 的文件头记录 alpha 为 {alpha:g}（秩 {rank}），而 ComfyUI 的加载器不读取文件头，会按 {rank} 处理，"
         "强度因此不同。请使用 LongCatLoraLoader。",
+    )
+
+
+def _target_ignored(target: str) -> LongCatError:
+    return LongCatError(
+        f"The LoRA's header says that it changes the layer '{target}', which ComfyUI's loader did not find in the "
+        "file, and the picture would be another. Use LongCatLoraLoader.",
+        f"该 LoRA 的文件头记录它会修改层“{target}”，但 ComfyUI 的加载器没有在文件中找到该层，画面会因此不同。"
+        "请使用 LongCatLoraLoader。",
     )

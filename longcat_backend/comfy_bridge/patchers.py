@@ -107,7 +107,7 @@ def _castable_class(base: Any) -> Any:
         def set_attachments(self, key: str, attachment: Any) -> None:
             """As in the base class; core's LoRA loader attaches the header of the file that it has just applied."""
             if key == _HEADER and patch_keys.is_transformer(self.model):
-                patch_keys.require_alpha(self.model, getattr(self, "longcat_latest", {}), attachment)
+                patch_keys.require_header(self.model, getattr(self, "longcat_latest", {}), attachment)
             super().set_attachments(key, attachment)
 
         def add_hook_patches(self, hook: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:

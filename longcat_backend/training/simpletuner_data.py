@@ -57,7 +57,12 @@ def dataset(given: Mapping[str, Any], read_backends: ReadBackends, notes: list[s
         values["reference_folder"] = _folder(references, "pictures before an edit", "编辑前的图像")
     if len(set(repeats)) > 1:
         notes.append(f"'repeats' differs between the data backends; all get the first one's, {repeats[0]}")
-    _refuse_selections(given, images)
+    _refuse_selections(images)
+    least = max(number({**given, **each}, "minimum_image_size") for each in images)
+    if least > 0:
+        notes.append(
+            f"'minimum_image_size' {least:g}: what is too small for its bucket is left out, and named, instead"
+        )
     notes += dict.fromkeys(note for each in images for note in _notes(each))
     return values
 
@@ -127,12 +132,8 @@ def _same_for_all(backend: Backend) -> bool:
     return backend.get("caption_strategy") == "instanceprompt" or flag(backend, "only_instance_prompt")
 
 
-def _refuse_selections(given: Mapping[str, Any], images: list[Backend]) -> None:
-    """Pictures left out for their size, and backends that come more often than others, are not done here."""
-    for each in images:
-        least = number({**given, **each}, "minimum_image_size")
-        if least > 0:
-            raise unsupported("minimum_image_size", least, ["0; take smaller pictures out of the folder yourself"])
+def _refuse_selections(images: list[Backend]) -> None:
+    """Backends that come more often than others are not done here."""
     chances = [number(each, "probability", 1.0) for each in images]
     if len(set(chances)) > 1:
         raise unsupported("probability", chances, ["the same for all data backends"])

@@ -21,8 +21,8 @@ UNSEEN = HELD_OUT[:4]
 OLD_EVERY = 17
 DRAWING = {"steps": 10, "guidance": 1.0}  # which the demo model edits as well with as with more
 RECIPE = {
-    "steps": 900,
-    "learning_rate": 3e-3,
+    "steps": 500,
+    "learning_rate": 2e-3,
     "rank": 16,
     "targets": "all",
     "schedule": "cosine",
@@ -30,6 +30,7 @@ RECIPE = {
     "flow_shift": "fixed",
     "flow_shift.shift": 3.0,
     "preservation_prompts": "\n".join(zorb_edits.preservation_prompts(96)),
+    "preservation_weight": 2.0,
     "validate_every": 0,
     "validation_prompts": "make the shape a zorb\n把图形换成佐布",
     "validation_steps": 4,

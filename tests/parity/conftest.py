@@ -49,3 +49,14 @@ def models(comfy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for kind in ("longcat_image", "diffusion_models", "text_encoders", "vae"):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
     yield tmp_path
+
+
+@pytest.fixture
+def places(comfy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's folders of LoRAs and outputs, in a folder of their own."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    return tmp_path

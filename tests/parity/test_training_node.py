@@ -25,17 +25,6 @@ class LoadedBase(Exception):
 
 
 @pytest.fixture
-def places(comfy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """ComfyUI's folders of LoRAs and outputs."""
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    return tmp_path
-
-
-@pytest.fixture
 def dataset(pack_dir: Path) -> Any:
     """The demo's pictures."""
     return read_folder(DatasetSettings(folder="zorb", resolutions="128"), [pack_dir / "demo" / "datasets"])

@@ -51,17 +51,6 @@ def test_a_model_that_does_not_fit_says_what_to_turn_down(
         run.train(Anything())
 
 
-@pytest.fixture
-def places(comfy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """ComfyUI's folders of LoRAs and outputs."""
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    return tmp_path
-
-
 def entries(folder: Path) -> list[str]:
     return sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*"))
 

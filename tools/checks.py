@@ -57,7 +57,8 @@ def run_all(environment: Environment, root: Path, alias_folder: Path) -> int:
 def _shared_out() -> list[str]:
     """pytest's arguments for a tier in as many processes as there are cores; none of them for one core."""
     workers = min(os.cpu_count() or 1, MOST_WORKERS)
-    return ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
+    # Files are handed out in the order that the tier's conftest.py gives them, not by their number of tests.
+    return ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"] if workers > 1 else []
 
 
 def _checks(

@@ -23,13 +23,13 @@ def advice(when: str, when_zh: str, settings: TrainSettings, error: Exception) -
     return LongCatError(
         f"The device ran out of memory {when}: {error}. Turn down, in this order: checkpointing (is "
         f"'{settings.checkpointing}', 'block' needs least), modulation_table (is {settings.modulation_table}, on needs "
-        f"3 GiB less beside a base that is not fp32), the base precision (is '{settings.base_precision}', "
-        f"'int8-quanto' and 'int4-quanto' need less), the resolution of the dataset, batch (is {settings.batch}), or "
-        "set offload to 'block'.",
+        f"3 GiB less beside a base that is not fp32), batch (is {settings.batch}), the base precision (is "
+        f"'{settings.base_precision}', 'int8-quanto' and 'int4-quanto' need less) or, with bf16, offload ('block' "
+        "needs least), the resolution of the dataset.",
         f"设备显存不足（{when_zh}）：{error}。请依次调低：梯度检查点（当前“{settings.checkpointing}”，“block”占用最少）、"
         f"modulation_table（当前 {settings.modulation_table}；基础精度不是 fp32 时，开启少用 3 GiB）、"
-        f"基础精度（当前“{settings.base_precision}”，“int8-quanto”和“int4-quanto”占用更少）、数据集分辨率、"
-        f"batch（当前 {settings.batch}），或把 offload 设为“block”。",
+        f"batch（当前 {settings.batch}）、基础精度（当前“{settings.base_precision}”，“int8-quanto”、“int4-quanto”更少）"
+        "或 bf16 下的 offload（“block”占用最少）、数据集分辨率。",
     )
 
 

@@ -14,7 +14,15 @@ from longcat_pack.tools.host import ComfyServer
 API = Path(__file__).resolve().parent.parent / "api"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
+# A file runs in one process. These take minutes, so they come first, and the others fill up what is left beside them.
+LONG = ("test_teaching.py", "test_teaching_edits.py", "test_training.py", "test_workflows.py")
+
 MakeServer = Callable[..., ComfyServer]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, in the order of LONG; the others as they were."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

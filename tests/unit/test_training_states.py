@@ -204,7 +204,7 @@ def test_running_out_of_memory_says_what_to_turn_down_and_saves(
         return losses(*args)
 
     monkeypatch.setattr(run.objective, "losses", hungry)
-    with pytest.raises(LongCatError, match="step 3 .*checkpointing.*base precision.*resolution.*batch"):
+    with pytest.raises(LongCatError, match="step 3 .*checkpointing.*batch.*base precision.*offload.*resolution"):
         train(tmp_path, dataclasses.replace(SETTINGS, validate_every=0))
     monkeypatch.undo()
     assert state.steps(tmp_path) == [2]

@@ -126,7 +126,8 @@ def _turned_down(
             if precision.PRESETS[settings.base_precision].bits > precision.PRESETS[name].bits:
                 settings = replace(settings, base_precision=name)
                 yield settings, size
-        # Exact but slower than either (benchmarks/results/training.json), and it moves no weights of quanto's.
+        # Exact, but slower than int8 (benchmarks/results/training_table.json, 512x512; never timed in one run with int4
+        # alone on its machine), and it moves no weights of quanto's.
         stream = device.type != "mps"  # which has none
         settings = replace(
             settings, base_precision="bf16", compile=False, offload="block", offload_blocks=1, offload_stream=stream

@@ -63,7 +63,7 @@ def wordings(edit: Edit | LookEdit, language: str) -> list[str]:
     """The wordings of an edit in "zh" or "en", and some with invented names."""
     if isinstance(edit, LookEdit):
         shapes = (*ANY_SHAPE[language], *WORDS[language]["shape"][edit.before.shape])
-        return _filled("shape", language, shapes + _some_names(edit, language), _look_words(edit.value, language))
+        return _filled(language, shapes + _some_names(edit, language), _look_words(edit.value, language))
     known, (shape,), names = instructions(edit, language), ANY_SHAPE[language], _some_names(edit, language)
     return known + [text.replace(shape, name) for text in known if shape in text for name in names]
 
@@ -81,10 +81,10 @@ def _look_words(look: tuple[str, str], language: str) -> list[str]:
     return said + list(_names(language)[first : first + LOOK_NAMES])
 
 
-def _filled(attribute: str, language: str, shapes: Sequence[str], values: Sequence[str]) -> list[str]:
+def _filled(language: str, shapes: Sequence[str], values: Sequence[str]) -> list[str]:
     texts = (
         phrase.format(shape=shape, value=value).replace(" a o", " an o")
-        for phrase in PHRASES[language][attribute]
+        for phrase in PHRASES[language]["shape"]
         for shape in shapes
         for value in values
     )
